@@ -27,14 +27,15 @@ use crate::stalled::{self, Pulse, Stalled};
 use crate::stats::{Counter, Counters, ExportCounters};
 use crate::timeline::Stage;
 use crate::tuning::control::{
-    ANSWER_TIMEOUT, LOOK_INTERVAL, SESSIONS_AT_A_TIME, TRACE_PART, TRACE_SECONDS_MAX,
+    ANSWER_TIMEOUT, LOOK_INTERVAL, RELOAD_CHECK, SESSIONS_AT_A_TIME, TRACE_PART, TRACE_SECONDS_MAX,
 };
 use crate::tuning::statistics::TRACE_RECORDS;
 use crate::worker::{Mail, Shared, SlowEnd, SlowRequest, WorkerSenders};
 
 /// What the main thread is to do.
-#[derive(Debug)]
 pub enum Order {
+    /// Apply the configuration file anew, and say what has changed, or why nothing has.
+    Reload(Reply<Result<Vec<String>, String>>),
     /// End, as after a signal.
     Drain,
 }
@@ -101,6 +102,13 @@ impl Control {
         self.orders.send(Order::Drain);
     }
 
+    /// Has the server apply its configuration file anew.
+    pub fn reload(&self) -> Reload {
+        let (reply, done) = Reply::new(&self.wake);
+        self.orders.send(Order::Reload(reply));
+        Reload { done }
+    }
+
     /// Looks which workers go on. It is known a moment later: [`Control::known_at`].
     pub fn look(&self, now: Instant) {
         let wake = |worker: usize| self.workers[worker].senders.mailbox.send(Mail::Wake);
@@ -119,7 +127,7 @@ impl Control {
 
     /// Everything that does not go on.
     pub fn stalled(&self, now: Instant) -> Vec<Stalled> {
-        stalled::all(&self.pulse, self.counters(), self.shared.exports.all(), now)
+        stalled::all(&self.pulse, self.counters(), self.shared.exports.current().all(), now)
     }
 
     /// The same as JSON.
@@ -233,10 +241,12 @@ impl Control {
 
     /// The exports.
     pub fn exports(&self) -> String {
-        let exports = self.shared.exports.all();
-        let mut open_files = vec![0; exports.len()];
+        let current = self.shared.exports.current();
+        let exports = current.all();
+        let mut open_files = vec![0; exports.iter().map(|export| export.place() + 1).max().unwrap_or(0)];
         self.for_each_session(|session| session.count_files(&mut open_files));
-        let view = |(at, (export, open_files)): (usize, (&Export, u64))| {
+        let view = |export: &Arc<Export>| {
+            let at = export.place();
             let of_export = || self.counters().filter_map(|worker| worker.exports.get(at));
             let sum =
                 |counter: fn(&ExportCounters) -> &Counter| of_export().map(|one| counter(one).get()).sum();
@@ -248,7 +258,7 @@ impl Control {
                 direct: export.is_direct(),
                 state: if why.is_some() { "unavailable" } else { "available" },
                 why,
-                open_files,
+                open_files: open_files[at],
                 requests: of_export().map(ExportCounters::all_requests).sum(),
                 errors: sum(|one| &one.errors),
                 read_bytes: sum(|one| &one.read_bytes),
@@ -257,7 +267,7 @@ impl Control {
                 throttled_us: sum(|one| &one.throttled_us),
             }
         };
-        to_json(&ExportsView { exports: exports.iter().zip(open_files).enumerate().map(view).collect() })
+        to_json(&ExportsView { exports: exports.iter().map(view).collect() })
     }
 
     /// The workers. What is known of them is better after a look, once it is known.
@@ -330,10 +340,7 @@ impl Control {
             client: session.and_then(|session| self.client(session)),
             peer: slow.peer.map(|peer| peer.shown()),
             operation: name_of(slow.opcode),
-            export: slow
-                .export
-                .and_then(|at| self.shared.exports.all().get(at))
-                .map(|it| it.name().to_owned()),
+            export: slow.export.and_then(|place| self.export_name(place)),
             bytes: slow.bytes,
             total_us: slow.stages.iter().sum::<Duration>().as_micros() as u64,
             result: match slow.end {
@@ -346,6 +353,11 @@ impl Control {
                 .map(|(stage, time)| StageView { name: stage.name(), us: time.as_micros() as u64 })
                 .collect(),
         }
+    }
+
+    fn export_name(&self, place: usize) -> Option<String> {
+        let exports = self.shared.exports.current();
+        exports.all().iter().find(|export| export.place() == place).map(|export| export.name().to_owned())
     }
 
     /// Has all workers record their requests for some seconds.
@@ -367,6 +379,27 @@ impl Control {
             is_tracing: Arc::clone(&self.is_tracing),
             state: TraceState::Recording { until: now + Duration::from_secs(seconds), is_begun: false },
         })
+    }
+}
+
+/// A configuration that is being applied.
+#[derive(Debug)]
+pub struct Reload {
+    done: Receiver<Result<Vec<String>, String>>,
+}
+
+impl Reload {
+    /// Returns what has changed, as JSON, or why nothing has. It may take as long as a file system.
+    pub fn ended(&mut self, now: Instant) -> Next<Result<String, NotDone>> {
+        match self.done.try_recv() {
+            Ok(Ok(changed)) => Next::Ready(Ok(to_json(&ReloadedView { changed }))),
+            Ok(Err(why)) => Next::Ready(Err(NotDone::new(422, why))),
+            Err(TryRecvError::Empty) => Next::At(now + RELOAD_CHECK),
+            Err(TryRecvError::Disconnected) => {
+                let text = "The server has begun to end, or cannot start a thread. See its log.";
+                Next::Ready(Err(NotDone::new(503, text)))
+            }
+        }
     }
 }
 
@@ -534,6 +567,11 @@ fn rounded(time: Duration) -> f64 {
 fn to_json(value: &impl Serialize) -> String {
     // Maps with keys that are no strings are what fails, and there are none.
     serde_json::to_string(value).unwrap_or_default()
+}
+
+#[derive(Serialize)]
+struct ReloadedView {
+    changed: Vec<String>,
 }
 
 #[derive(Serialize)]

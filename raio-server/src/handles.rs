@@ -187,6 +187,11 @@ impl<F> Handles<F> {
         self.near.iter().chain(self.far.values()).filter_map(|entry| entry.file.as_ref())
     }
 
+    /// The same, to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut F> {
+        self.near.iter_mut().chain(self.far.values_mut()).filter_map(|entry| entry.file.as_mut())
+    }
+
     /// The same, as they are.
     pub fn into_files(self) -> impl Iterator<Item = F> {
         self.near.into_iter().chain(self.far.into_values()).filter_map(|entry| entry.file)

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use raio_transport::reactor::block_signals;
+use std::sync::Arc;
 
 use crate::config::{self, Config, Options};
 use crate::hand_over::GivenSocket;
@@ -64,7 +65,7 @@ fn run(options: Options, privileges: anyhow::Result<()>) -> ExitCode {
         return server::check(&config).map_or_else(|error| failed(&error, 2), |()| ExitCode::SUCCESS);
     }
     log::init(config.log, config.log_format);
-    serve(&config, service, privileges).unwrap_or_else(|error| failed(&error, 1))
+    serve(config, service, privileges).unwrap_or_else(|error| failed(&error, 1))
 }
 
 /// Shows the RDMA devices, for people.
@@ -98,13 +99,13 @@ fn list_devices() -> ExitCode {
     }
 }
 
-fn serve(config: &Config, service: Service, privileges: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+fn serve(config: Config, service: Service, privileges: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
     privileges.context(
         "Cannot give up CAP_FSETID, with which writes would keep set-user-ID bits. Run the server as an \
          ordinary user, or allow \
          capset(2) in the seccomp profile",
     )?;
-    let Some(server) = Server::start(config, service)? else { return Ok(ExitCode::SUCCESS) };
+    let Some(server) = Server::start(Arc::new(config), service)? else { return Ok(ExitCode::SUCCESS) };
     // The messages of the start come before this line, which scripts wait for.
     log::flush();
     log::print(&format!("raio_server: ready on {}", server.urls()));

@@ -25,7 +25,7 @@ use crate::channel::{Channel, Guard, Guards, Outcomes};
 use crate::handles::generation_of_next_session;
 use crate::limits::{AddressAccount, Excess, Limits, QueuePairPermit};
 use crate::peer::Origin;
-use crate::session::{ClosedFile, EndReason, Session};
+use crate::session::{ClosedFile, EndReason, OpenFile, Session};
 use crate::stats::ChannelCounts;
 use crate::tuning::channels::{KILLED_MAX, PARKED_BYTES};
 
@@ -162,7 +162,7 @@ pub struct Sessions {
     table: Mutex<Table>,
     /// How many there are, for those who ask often.
     count: AtomicUsize,
-    sessions_max: usize,
+    sessions_max: AtomicUsize,
     limits: Arc<Limits>,
 }
 
@@ -235,7 +235,8 @@ impl Sessions {
             counts: ChannelCounts::default(),
             guards: Guards::default(),
         };
-        Self { table: Mutex::new(table), count: AtomicUsize::new(0), sessions_max, limits }
+        let (count, sessions_max) = (AtomicUsize::new(0), AtomicUsize::new(sessions_max));
+        Self { table: Mutex::new(table), count, sessions_max, limits }
     }
 
     /// The table, to begin or end sessions.
@@ -261,7 +262,8 @@ impl Sessions {
         let mut table = self.locked();
         let joined = table.join(peer, connection, now, &mut effects, |table, effects| {
             // Sessions without a connection are evicted for it.
-            while let Err(excess) = self.limits.begin_session(table.by_id.len(), self.sessions_max, address) {
+            let sessions_max = self.sessions_max.load(Ordering::Relaxed);
+            while let Err(excess) = self.limits.begin_session(table.by_id.len(), sessions_max, address) {
                 if !table.evict_session(effects) {
                     return Err(excess);
                 }
@@ -318,6 +320,17 @@ impl Sessions {
         let to = table.listed.capacity().min(from.saturating_add(at_most));
         part.extend((from..to).filter_map(|at| table.listed.get(at)).map(Arc::clone));
         (part, (to < table.listed.capacity()).then_some(to))
+    }
+
+    /// From now on there may be so many at a time. Those that there are stay.
+    pub fn set_max(&self, sessions_max: usize) {
+        self.sessions_max.store(sessions_max, Ordering::Relaxed);
+    }
+
+    /// Closes what is open of exports that are over: see [`Session::revoke_files`].
+    pub fn revoke_files(&self) -> Vec<Arc<OpenFile>> {
+        let sessions: Vec<_> = lock(&self.table).by_id.values().map(|of| Arc::clone(&of.session)).collect();
+        sessions.iter().flat_map(|session| session.revoke_files()).collect()
     }
 
     /// A connection asks whether its requests may run: whether nothing can happen any more of what they must
@@ -670,7 +683,7 @@ impl Clone for Sessions {
         Self {
             table: Mutex::new(lock(&self.table).clone()),
             count: AtomicUsize::new(self.len()),
-            sessions_max: self.sessions_max,
+            sessions_max: AtomicUsize::new(self.sessions_max.load(Ordering::Relaxed)),
             limits: Arc::clone(&self.limits),
         }
     }
@@ -686,7 +699,7 @@ mod tests {
 
     use super::*;
     use crate::limits::{Caps, Room};
-    use crate::session::{Access, OpenFile};
+    use crate::session::Access;
     use crate::tuning::channels::PARKED_PART;
     use crate::tuning::limits::RESERVE;
     use crate::volume::Null;

@@ -4,7 +4,7 @@
 //! Whoever asks looks at the workers: one that may be asleep is woken, and has gone on if it has finished an
 //! iteration by the next look. So nothing is done while nobody asks.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use raio_transport::sync::lock;
@@ -124,7 +124,7 @@ pub fn why_unavailable(export: &Export) -> Option<String> {
 pub fn all<'a>(
     pulse: &Pulse,
     workers: impl Iterator<Item = &'a Counters>,
-    exports: &[Export],
+    exports: &[Arc<Export>],
     now: Instant,
 ) -> Vec<Stalled> {
     let stuck = pulse.stuck(workers, now).into_iter().enumerate();
@@ -158,7 +158,7 @@ fn lane_stalled(export: &Export, lane: &str, load: Load) -> Option<Stalled> {
             "whoever has a lease on the file (Samba, knfsd) does not give it up".to_owned()
         }
         Some(root) => {
-            let path = root.path().to_string_lossy();
+            let path = root.as_path().to_string_lossy();
             format!("the disk or file system of {path} does not answer, or cannot keep up")
         }
         None => "this machine cannot keep up".to_owned(),
@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn a_worker_that_finishes_no_iteration_after_it_was_woken_is_stuck() {
         let (pulse, start) = (Pulse::new(2), Instant::now());
-        let workers = [Counters::new(0), Counters::new(0)];
+        let workers = [Counters::new(0, 0), Counters::new(0, 0)];
         let all = || workers.iter();
         assert!(!pulse.is_known(all(), start));
         let mut woken = Vec::new();
@@ -237,7 +237,7 @@ mod tests {
     #[test]
     fn requests_that_wait_for_memory_at_each_look_are_told_of() {
         let (pulse, start) = (Pulse::new(1), Instant::now());
-        let worker = [Counters::new(0)];
+        let worker = [Counters::new(0, 0)];
         let look = |ms| {
             pulse.look(worker.iter(), at(start, ms), |_| ());
             worker[0].iterations.add(1);

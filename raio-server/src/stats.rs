@@ -310,6 +310,29 @@ impl CountedClient {
     }
 }
 
+/// Those of each export, by its place. There is room for exports that are yet to come.
+#[derive(Debug, Default)]
+pub struct ByExport(Box<[OnceLock<Box<ExportCounters>>]>);
+
+impl ByExport {
+    /// Those that there are.
+    pub fn iter(&self) -> impl Iterator<Item = &ExportCounters> {
+        self.0.iter().filter_map(|counters| counters.get().map(|counters| &**counters))
+    }
+
+    /// Those of the export in this place.
+    pub fn get(&self, place: usize) -> Option<&ExportCounters> {
+        self.0.get(place)?.get().map(|counters| &**counters)
+    }
+
+    /// There is an export in this place, or is about to be. Any thread may say so.
+    pub fn prepare(&self, place: usize) {
+        if let Some(counters) = self.0.get(place) {
+            counters.get_or_init(Box::default);
+        }
+    }
+}
+
 /// One for each operation. An array of more than 32 elements has no default of its own.
 #[derive(Debug)]
 struct PerOperation<T>([T; OPERATIONS.len()]);
@@ -384,7 +407,7 @@ pub struct Counters {
     /// How long the worker has waited for something to do.
     pub idle: Arc<IdleTime>,
     /// By the export's place among all.
-    pub exports: Box<[ExportCounters]>,
+    pub exports: ByExport,
     /// Of requests that are on no export, and of those that were rejected before they began.
     pub no_export: ExportCounters,
     requests: PerOperation<Counter>,
@@ -397,9 +420,11 @@ pub struct Counters {
 const ERRNOS: usize = 136;
 
 impl Counters {
-    /// For so many exports.
-    pub fn new(exports: usize) -> Self {
-        Self { exports: (0..exports).map(|_| ExportCounters::default()).collect(), ..Self::default() }
+    /// For exports in these places, the first ones, of so many that there may be.
+    pub fn new(exports: usize, places_max: usize) -> Self {
+        let by_export = ByExport((0..places_max.max(exports)).map(|_| OnceLock::new()).collect());
+        (0..exports).for_each(|place| by_export.prepare(place));
+        Self { exports: by_export, ..Self::default() }
     }
 
     /// What is counted for an export; None is for what is on none.
@@ -530,8 +555,8 @@ pub struct Whole<'a> {
     pub open_files: usize,
     /// Connections for data that each worker has.
     pub data_connections: &'a [usize],
-    /// The names of the exports.
-    pub exports: &'a [&'a str],
+    /// The exports' places and names.
+    pub exports: &'a [(usize, &'a str)],
     /// How long the server runs.
     pub uptime: Duration,
     /// `serving` or `draining`.
@@ -794,9 +819,10 @@ fn write_exports<'a>(
     whole: &Whole<'_>,
 ) {
     out.push_str(",\"exports\":{");
-    for (export, name) in whole.exports.iter().enumerate() {
+    for (export, &(place, name)) in whole.exports.iter().enumerate() {
+        let of_workers = || workers.clone().filter_map(|worker| worker.exports.get(place));
         let sum = |counter: fn(&ExportCounters) -> &Counter| {
-            workers.clone().map(|worker| counter(&worker.exports[export]).get()).sum::<u64>()
+            of_workers().map(|counters| counter(counters).get()).sum::<u64>()
         };
         let comma = if export > 0 { "," } else { "" };
         let name = json_escaped(name);
@@ -804,14 +830,14 @@ fn write_exports<'a>(
             out,
             "{comma}\"{name}\":{{\"requests\":{},\"errors\":{},\"read_bytes\":{},\"written_bytes\":{},\
              \"throttled\":{},\"throttled_us\":{},\"latency_us\":{{",
-            workers.clone().map(|worker| worker.exports[export].all_requests()).sum::<u64>(),
+            of_workers().map(ExportCounters::all_requests).sum::<u64>(),
             sum(|c| &c.errors),
             sum(|c| &c.read_bytes),
             sum(|c| &c.written_bytes),
             sum(|c| &c.throttled),
             sum(|c| &c.throttled_us)
         );
-        for (at, (opcode, latency)) in latencies_of(workers.clone(), Some(export)).enumerate() {
+        for (at, (opcode, latency)) in latencies_of(workers.clone(), Some(place)).enumerate() {
             out.push_str(if at > 0 { "," } else { "" });
             write_latency(out, opcode.operation().name, &latency);
         }
@@ -834,13 +860,13 @@ mod tests {
 
     #[test]
     fn workers_add_up() {
-        let workers = [Counters::new(2), Counters::new(2)];
+        let workers = [Counters::new(2, 2), Counters::new(2, 2)];
         for worker in &workers {
             worker.read_bytes.add(5);
             worker.iteration_bytes_max.set(7);
             worker.request(Opcode::Cancel);
             worker.took(Some(0), Opcode::Read, Duration::from_micros(100), 2);
-            worker.exports[1].written_bytes.add(9);
+            worker.exports.get(1).unwrap().written_bytes.add(9);
             worker.throttled(Whose::Export, Some(1));
             worker.throttled_time(Some(1), Duration::from_micros(1500));
             worker.close_reason(&CloseReason::Violation(Violation::Stalled));
@@ -854,7 +880,7 @@ mod tests {
             audit: None,
             open_files: 2,
             data_connections: &[4, 5],
-            exports: &["a", "b\""],
+            exports: &[(0, "a"), (1, "b\"")],
             uptime: Duration::from_secs(9),
             phase: "serving",
             config_generation: 2,
@@ -919,7 +945,7 @@ mod tests {
 
     #[test]
     fn failures_are_counted_by_operation_and_errno() {
-        let counters = Counters::new(0);
+        let counters = Counters::new(0, 0);
         assert_eq!(counters.failures().count(), 0);
         counters.failed(Opcode::Read, libc::EIO);
         counters.failed(Opcode::Read, libc::EIO);

@@ -40,10 +40,6 @@ pub struct MainState {
     pub accepted: Counter,
     /// Connections that got no permit.
     pub rejected: Counter,
-    /// Which configuration this is: 1 at the start, and one more with each that was read again.
-    pub config_generation: Counter,
-    /// The last one that was read again could not be used.
-    pub reload_failed: AtomicBool,
     /// A worker has failed.
     pub worker_failed: AtomicBool,
     /// When the server started.
@@ -56,13 +52,9 @@ pub struct MainState {
 
 impl Default for MainState {
     fn default() -> Self {
-        let config_generation = Counter::default();
-        config_generation.set(1);
         Self {
             accepted: Counter::default(),
             rejected: Counter::default(),
-            config_generation,
-            reload_failed: AtomicBool::default(),
             worker_failed: AtomicBool::default(),
             started_at: Timestamp::now(),
             progress: AtomicU8::new(Progress::Starting as u8),
@@ -119,11 +111,12 @@ impl Observed {
     /// The statistics, as a line of JSON.
     pub fn stats(&self) -> String {
         let sessions = &self.shared.sessions;
-        let exports = self.shared.exports.all();
-        let on_device = |export: &Export| Some((export.name().to_owned(), export.root()?.device()?));
+        let current = self.shared.exports.current();
+        let exports = current.all();
+        let on_device = |export: &Arc<Export>| Some((export.name().to_owned(), export.root()?.device()?));
         let on_device: Vec<_> = exports.iter().filter_map(on_device).collect();
         let lanes: Vec<_> = exports.iter().map(|export| stalled::lanes_json(export.lanes())).collect();
-        let exports: Vec<_> = exports.iter().map(Export::name).collect();
+        let exports: Vec<_> = exports.iter().map(|export| (export.place(), export.name())).collect();
         let now = Instant::now();
         self.control.look(now);
         let whole = Whole {
@@ -138,7 +131,7 @@ impl Observed {
             exports: &exports,
             uptime: self.main.started.elapsed(),
             phase: if self.main.is(Progress::Draining) { "draining" } else { "serving" },
-            config_generation: self.main.config_generation.get(),
+            config_generation: self.shared.config_generation.load(Ordering::Relaxed),
             stuck: &self.stuck_workers(),
             lanes: &lanes,
             stalled: &self.control.stalled_json(now),

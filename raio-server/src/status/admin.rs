@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Observed, Route};
-use crate::control::{Kill, LiveTrace, NotDone, SlowList};
+use crate::control::{Kill, LiveTrace, NotDone, Reload, SlowList};
 use crate::http::{Access, Answer, Later, Next, Parts, Request, Response};
 
 type Handler = fn(&Arc<Observed>, &Request<'_>) -> Answer;
@@ -24,6 +24,7 @@ pub const ROUTES: &[Route] = &[
     private("/workers", workers),
     private("/slow", slow),
     order("GET", "/trace", trace),
+    order("POST", "/reload", |it, _| Answer::Later(Box::new(it.control.reload()))),
     order("POST", "/drain", drain),
     order("POST", "/kill", kill),
 ];
@@ -97,6 +98,16 @@ impl Later for Slow {
 fn drain(it: &Arc<Observed>, _: &Request<'_>) -> Answer {
     it.control.drain();
     Answer::Now(Response::json(202, "{\"draining\":true}\n".to_owned()))
+}
+
+impl Later for Reload {
+    fn poll(&mut self, now: Instant) -> Next<Response> {
+        match self.ended(now) {
+            Next::Ready(Ok(changed)) => Next::Ready(response(changed)),
+            Next::Ready(Err(why)) => Next::Ready(not_done(&why)),
+            Next::At(again) => Next::At(again),
+        }
+    }
 }
 
 fn kill(it: &Arc<Observed>, request: &Request<'_>) -> Answer {

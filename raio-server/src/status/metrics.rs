@@ -2,13 +2,13 @@
 //! operations, and not on sessions.
 
 use std::fmt::{Display, Write};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use nix::errno::Errno;
 use raio_transport::protocol::{OPERATIONS, Opcode};
 
 use super::Observed;
-use crate::export::Export;
 use crate::stalled::lanes;
 use crate::stats::{Counter, Counters, Histogram, latencies_of};
 
@@ -126,16 +126,17 @@ fn write_server(out: &mut Writer, of: &Observed) {
         out.sample(&[("outcome", "lost")], lost);
     }
     let help = "Which configuration this is: 1 at the start, and one more with each that was read again.";
-    out.single("raio_config_generation", "gauge", help, of.main.config_generation.get());
+    out.single("raio_config_generation", "gauge", help, of.shared.config_generation.load(Ordering::Relaxed));
     let help = "Whether the configuration that was read last could be used.";
-    let is_good = !of.main.reload_failed.load(std::sync::atomic::Ordering::Relaxed);
+    let is_good = !of.shared.last_reload_failed.load(Ordering::Relaxed);
     out.single("raio_config_last_reload_success", "gauge", help, u8::from(is_good));
 }
 
-/// The exports with their names; last what is on none.
-fn exports(of: &Observed) -> impl Iterator<Item = (Option<usize>, &str)> {
-    let names = of.shared.exports.all().iter().map(Export::name).enumerate();
-    names.map(|(at, name)| (Some(at), name)).chain([(None, "")])
+/// The exports' places with their names; last what is on none.
+fn exports(of: &Observed) -> Vec<(Option<usize>, String)> {
+    let exports = of.shared.exports.current();
+    let named = exports.all().iter().map(|export| (Some(export.place()), export.name().to_owned()));
+    named.chain([(None, String::new())]).collect()
 }
 
 fn write_requests(out: &mut Writer, of: &Observed) {
@@ -147,7 +148,7 @@ fn write_requests(out: &mut Writer, of: &Observed) {
             let count = |worker: &Counters| worker.export(export).requests(operation.opcode);
             let count = of.counters().map(count).sum::<u64>();
             if count > 0 || (export.is_some() && ALWAYS.contains(&operation.opcode)) {
-                out.sample(&[("op", operation.name), ("export", name)], count);
+                out.sample(&[("op", operation.name), ("export", &name)], count);
             }
         }
     }
@@ -166,14 +167,14 @@ fn write_requests(out: &mut Writer, of: &Observed) {
         out.sample(&[("op", opcode.operation().name), ("errno", &errno)], count);
     }
     out.family("raio_read_bytes_total", "counter", "Bytes that were read and answered, by export.");
-    for (export, name) in exports(of).filter(|(export, _)| export.is_some()) {
+    for (export, name) in exports(of).into_iter().filter(|(export, _)| export.is_some()) {
         let bytes: u64 = of.counters().map(|worker| worker.export(export).read_bytes.get()).sum();
-        out.sample(&[("export", name)], bytes);
+        out.sample(&[("export", &name)], bytes);
     }
     out.family("raio_written_bytes_total", "counter", "Bytes that were written, by export.");
-    for (export, name) in exports(of).filter(|(export, _)| export.is_some()) {
+    for (export, name) in exports(of).into_iter().filter(|(export, _)| export.is_some()) {
         let bytes: u64 = of.counters().map(|worker| worker.export(export).written_bytes.get()).sum();
-        out.sample(&[("export", name)], bytes);
+        out.sample(&[("export", &name)], bytes);
     }
 }
 
@@ -183,7 +184,7 @@ fn write_latencies(out: &mut Writer, of: &Observed) {
     out.family("raio_request_seconds", "histogram", help);
     for (export, name) in exports(of) {
         for (opcode, histogram) in latencies_of(of.counters(), export) {
-            out.histogram(&[("op", opcode.operation().name), ("export", name)], &histogram);
+            out.histogram(&[("op", opcode.operation().name), ("export", &name)], &histogram);
         }
     }
 }
@@ -211,8 +212,8 @@ fn write_workers(out: &mut Writer, of: &Observed) {
 }
 
 fn write_lanes(out: &mut Writer, of: &Observed) {
-    let exports = of.shared.exports.all().iter();
-    let lanes: Vec<_> = exports.map(|export| (export.name(), lanes(export.lanes()))).collect();
+    let exports = of.shared.exports.current();
+    let lanes: Vec<_> = exports.all().iter().map(|export| (export.name(), lanes(export.lanes()))).collect();
     let all = || lanes.iter().flat_map(|(export, lanes)| lanes.iter().map(move |lane| (*export, lane)));
     out.family("raio_lane_jobs", "gauge", "File operations that threads carry out, and that wait for them.");
     for (export, (lane, load)) in all() {

@@ -293,7 +293,7 @@ impl Worker {
                         "A client's connection was closed: for {timeout:?} it took no responses, or did not \
                          go on with a message, while others waited for the memory that it held. Raise \
                          --memory if such clients are welcome.",
-                        timeout = policy.stall_timeout
+                        timeout = self.settings.stall_timeout
                     ),
                     CloseReason::KeyUsedUp => log_client!(
                         info,
