@@ -247,8 +247,9 @@ impl<S: Site> Server<S> {
                 Ok(connection) => self.take(connection, is_admin, now),
                 Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
                 Err(errno) => {
-                    if log::permit(None, "HTTP connections that cannot be accepted") {
+                    if log::permit(None, "http-accept-failed") {
                         tracing::warn!(
+                            name: "http-accept-failed",
                             "Cannot accept a connection of HTTP: {errno}. Raise the limit on open files with \
                              `ulimit -n` or LimitNOFILE=."
                         );
@@ -261,8 +262,9 @@ impl<S: Site> Server<S> {
 
     fn take(&mut self, socket: OwnedFd, is_admin: bool, now: Instant) {
         if is_admin && let Err(why) = is_trusted(&socket, &self.sockets.users) {
-            if log::permit(None, "connections to the admin socket that were rejected") {
+            if log::permit(None, "admin-not-trusted") {
                 tracing::warn!(
+                    name: "admin-not-trusted",
                     "A connection to the admin socket was closed: {why}, and not of root or of this server's \
                      user."
                 );

@@ -56,6 +56,7 @@ pub fn session_limits(limit: usize, wanted: Option<usize>) -> anyhow::Result<(us
             );
             if descriptors_for(sessions) > limit {
                 tracing::warn!(
+                    name: "too-few-descriptors",
                     "--max-sessions {sessions} is more than can each have a file open: this process may \
                      have only {limit} open \
                      files. {remedy}."

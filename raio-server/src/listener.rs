@@ -341,7 +341,7 @@ pub fn bind_http(
             None => Arc::new(when_free("--http", || tcp::listen(address))?.0),
         };
         if let Ok(Some(address)) = getsockname(&*socket).map(|found| SocketAddr::try_from(found).ok()) {
-            tracing::info!("Metrics and the status page are at http://{address}/.");
+            tracing::info!(name: "http-ready", "Metrics and the status page are at http://{address}/.");
         }
         sockets.tcp.push(socket);
     }

@@ -267,6 +267,7 @@ impl Reloader {
             );
             if has_new && running.claims.is_empty() {
                 tracing::warn!(
+                    name: "state-directory-missing-now",
                     "There is no state directory, so nothing keeps another server from writing to the same \
                      files. Name one with --state, and start the server anew."
                 );
@@ -407,7 +408,11 @@ pub fn kinds(exports: &[Arc<Export>]) -> HashMap<String, bool> {
 /// Logs which exports clients are to have that there are not.
 pub fn say_unknown_exports(keys: &Keys) {
     for name in keys.unknown_exports() {
-        tracing::warn!("clients.toml names export {name}, which there is not.");
+        tracing::warn!(
+            name: "client-export-unknown",
+            export = name,
+            "clients.toml names an export that there is not. Correct the name, or add the export."
+        );
     }
 }
 
@@ -452,7 +457,7 @@ fn describe_export(spec: &ExportSpec) -> String {
     options.fold(source, |text, (_, option)| text + ", " + option)
 }
 
-/// What else has changed, a sentence each.
+/// What else has changed, a line each.
 fn describe_settings(old: &Config, new: &Config) -> Vec<String> {
     let mut texts = Vec::new();
     let mut note = |is_same: bool, key: &str, value: String| {

@@ -787,18 +787,18 @@ impl Server {
         match &result {
             Ok(changes) if changes.is_empty() => {
                 tracing::info!(
-                    name: "configuration-unchanged",
+                    name: "reloaded-nothing",
                     "The configuration was read again. Nothing has changed."
                 );
             }
             Ok(changes) => {
                 for change in changes {
-                    tracing::info!(name: "configuration-change", "{change}");
+                    tracing::info!(name: "reloaded-change", "{change}");
                 }
-                tracing::info!(name: "configuration-applied", "The new configuration is applied.");
+                tracing::info!(name: "reloaded", "The new configuration is applied.");
             }
             Err(error) => tracing::error!(
-                name: "configuration-rejected",
+                name: "reload-failed",
                 "The new configuration is not applied, and nothing was changed: {error}.",
                 error = describe(error).trim_end_matches('.')
             ),
@@ -923,7 +923,11 @@ impl Server {
                 reply.send(result.as_ref().map(Vec::clone).map_err(describe));
             }))),
             Order::Drain if self.phase == Phase::Serving => {
-                tracing::info!("An administrator ends the server: completing the requests in flight.");
+                tracing::info!(
+                    name: "drained",
+                    "An administrator ends the server: completing the requests in flight."
+                );
+                self.service.stopping();
                 self.stop();
             }
             Order::Drain => {}
@@ -1073,9 +1077,10 @@ fn warn_if_unreadable(config: &Config) {
         && let Err(error) = std::fs::File::open(path)
     {
         tracing::warn!(
-            "The user that the server runs as cannot read {} ({error}), so SIGHUP will not apply what changes \
-             there. Let that user read it.",
-            path.display()
+            name: "configuration-unreadable",
+            "The user that the server runs as cannot read {path} ({error}), so SIGHUP will not apply what \
+             changes there. Let that user read it.",
+            path = path.display()
         );
     }
 }

@@ -78,6 +78,7 @@ impl Service {
     pub fn say_unreached(&self) {
         if let Some(address) = &self.unreached {
             tracing::warn!(
+                name: "manager-unreachable",
                 "The service manager cannot be told that the server is ready: NOTIFY_SOCKET is {address}. \
                  With Type=exec in the unit it does not wait for that."
             );

@@ -345,7 +345,11 @@ impl Worker {
             let who = who.at(session.activity.origin().0).with_session("", session.id);
             audit.record(&Arc::new(who), Event::Kill { by: by.to_owned() });
         }
-        tracing::info!("Session {} was ended by {by}.", fingerprint(&session.id.0));
+        tracing::info!(
+            name: "session-killed",
+            session = fingerprint(&session.id.0),
+            "A session was ended by {by}."
+        );
         self.carry_out(effects);
         true
     }
