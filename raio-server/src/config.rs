@@ -129,8 +129,8 @@ pub struct Options {
     /// repeatable
     #[arg(long, value_name = "NAME")]
     http_host: Vec<String>,
-    /// Let those who send what this file holds, as a bearer token, read over HTTP who the clients are and what
-    /// they do [default: the admin socket alone tells that]
+    /// Let those who send what this file holds, as a bearer token, read over HTTP who the clients are and
+    /// what they do [default: the admin socket alone tells that]
     #[arg(long, value_name = "FILE")]
     http_token: Option<PathBuf>,
     /// Serve the same at this Unix socket, and take commands there, from root and the user of the server
@@ -637,7 +637,8 @@ impl Options {
                 && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
             ensure!(
                 is_name,
-                "{} {host:?} is not a host name. Write it without scheme and port, such as store.example.com.",
+                "{} {host:?} is not a host name. Write it without scheme and port, such as \
+                 store.example.com.",
                 name("http-host")
             );
         }
@@ -982,6 +983,30 @@ mod tests {
             assert_eq!(is_open(&["--listen", "unix:///s", "--listen", reachable]), None, "{reachable}");
             assert_eq!(is_open(&["--listen", reachable, "--clear"]), Some(true), "{reachable}");
             assert_eq!(is_open(&["--listen", reachable, "--keys", "/k"]), Some(false), "{reachable}");
+        }
+    }
+
+    #[test]
+    fn http_is_served_where_that_is_said_and_with_what_goes_with_it() {
+        let check = |arguments: &[&str]| options(&[&["--export", "a=/tmp"], arguments].concat()).check(2);
+        let config = check(&[]).unwrap();
+        assert!(config.http.is_empty() && config.admin.is_none());
+        let config = check(&["--http", "[::1]:7241", "--http-host", "a.b", "--admin", "/run/a"]).unwrap();
+        assert_eq!(config.http, ["[::1]:7241".parse().unwrap()]);
+        assert_eq!((config.http_names, config.admin), (vec!["a.b".to_owned()], Some("/run/a".into())));
+        for (arguments, said) in [
+            (&["--http", "7241"][..], "Write HOST:PORT, such as 127.0.0.1:7241."),
+            (&["--http", "http://127.0.0.1:7241"], "--http http://127.0.0.1:7241: "),
+            (&["--http", "127.0.0.1"], "Write HOST:PORT"),
+            (&["--http-host", "a"], "Add --http HOST:PORT"),
+            (&["--http-token", "/t"], "Add --http HOST:PORT"),
+            (&["--http", "127.0.0.1:1", "--http-host", "http://a"], "without scheme and port"),
+            (&["--admin", "run/a"], "--admin: run/a is not a path from / on."),
+            (&["--admin", "/a", "--hand-over", "/a"], "Give a path of its own."),
+            (&["--admin", "/a", "--listen", "unix:///a"], "Give a path of its own."),
+        ] {
+            let error = error(&[&["--export", "a=/tmp"], arguments].concat());
+            assert!(error.contains(said), "{arguments:?}: {error}");
         }
     }
 

@@ -408,7 +408,7 @@ pub struct Counters {
     pub idle: Arc<IdleTime>,
     /// By the export's place among all.
     pub exports: ByExport,
-    /// Of requests that are on no export, and of those that were rejected before they began.
+    /// Of requests that are on no export, and of those that were answered before they began.
     pub no_export: ExportCounters,
     requests: PerOperation<Counter>,
     /// Failures by operation and errno, once there is one.
@@ -774,7 +774,8 @@ fn write_latency(out: &mut String, operation: &str, histogram: &Histogram) {
     let us = |part| histogram.quantile(part).as_nanos() as f64 / 1000.0;
     let _ = write!(
         out,
-        "\"{operation}\":{{\"count\":{},\"p50\":{:.1},\"p90\":{:.1},\"p99\":{:.1},\"p999\":{:.1},\"max\":{:.1}}}",
+        "\"{operation}\":{{\"count\":{},\"p50\":{:.1},\"p90\":{:.1},\"p99\":{:.1},\"p999\":{:.1},\
+         \"max\":{:.1}}}",
         histogram.count(),
         us(0.5),
         us(0.9),
