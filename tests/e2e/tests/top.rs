@@ -25,6 +25,15 @@ fn top(directory: &Path, arguments: &[&str]) -> Output {
     command.stdin(Stdio::null()).output().expect("raio runs")
 }
 
+/// Sets a flag when it is dropped.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Reads from a server while something else is done.
 fn while_reading<T>(server: &Server, act: impl FnOnce() -> T) -> T {
     let session = Session::connect(&server.url(), &Options::default()).expect("a session");
@@ -41,9 +50,9 @@ fn while_reading<T>(server: &Server, act: impl FnOnce() -> T) -> T {
                 }
             }
         });
-        let result = act();
-        is_over.store(true, Ordering::Relaxed);
-        result
+        // Also if it panics: the scope waits for the thread.
+        let _end = End(&is_over);
+        act()
     })
 }
 
