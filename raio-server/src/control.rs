@@ -122,6 +122,11 @@ impl Control {
         stalled::all(&self.pulse, self.counters(), self.shared.exports.all(), now)
     }
 
+    /// The same as JSON.
+    pub fn stalled_json(&self, now: Instant) -> String {
+        to_json(&self.stalled(now))
+    }
+
     // Sessions
     // ----------------------------------------------------------------------------------------------------
 
@@ -232,12 +237,9 @@ impl Control {
         let mut open_files = vec![0; exports.len()];
         self.for_each_session(|session| session.count_files(&mut open_files));
         let view = |(at, (export, open_files)): (usize, (&Export, u64))| {
-            let sum = |counter: fn(&ExportCounters) -> &Counter| {
-                self.counters()
-                    .filter_map(|worker| worker.exports.get(at))
-                    .map(|one| counter(one).get())
-                    .sum()
-            };
+            let of_export = || self.counters().filter_map(|worker| worker.exports.get(at));
+            let sum =
+                |counter: fn(&ExportCounters) -> &Counter| of_export().map(|one| counter(one).get()).sum();
             let why = stalled::why_unavailable(export);
             ExportView {
                 name: export.name().to_owned(),
@@ -247,7 +249,7 @@ impl Control {
                 state: if why.is_some() { "unavailable" } else { "available" },
                 why,
                 open_files,
-                requests: sum(|one| &one.requests),
+                requests: of_export().map(ExportCounters::all_requests).sum(),
                 errors: sum(|one| &one.errors),
                 read_bytes: sum(|one| &one.read_bytes),
                 written_bytes: sum(|one| &one.written_bytes),
@@ -265,12 +267,15 @@ impl Control {
         let view = |(index, ((worker, data_connections), stuck)): (usize, ((&WorkerView, usize), _))| {
             let stuck: Option<Duration> = stuck;
             let counters = &worker.counters;
+            let (idle, busy) = counters.idle.read(now);
             WorkerReport {
                 index,
                 cpu: worker.cpu,
                 connections: counters.connections.get(),
                 data_connections,
                 answered: counters.answered.get(),
+                busy_us: busy.as_micros() as u64,
+                idle_us: idle.as_micros() as u64,
                 stuck: stuck.is_some(),
                 stuck_ms: stuck.map_or(0, |stuck| stuck.as_millis() as u64),
                 arena_bytes: counters.arena_bytes.get(),
@@ -508,7 +513,9 @@ fn session_id(session: &Session) -> String {
 fn no_session(id: &str) -> NotDone {
     NotDone::new(
         404,
-        format!("There is no session {id}: it has ended. GET /sessions shows those that there are."),
+        format!(
+            "There is no session {id}: it has ended, or never was. `raio admin sessions` shows those that there are."
+        ),
     )
 }
 
@@ -594,6 +601,8 @@ struct WorkerReport {
     connections: u64,
     data_connections: usize,
     answered: u64,
+    busy_us: u64,
+    idle_us: u64,
     stuck: bool,
     stuck_ms: u64,
     arena_bytes: u64,

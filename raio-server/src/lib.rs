@@ -22,6 +22,7 @@ pub mod config;
 mod control;
 mod copy;
 mod device_queue;
+mod disks;
 mod engine;
 mod export;
 pub mod export_spec;

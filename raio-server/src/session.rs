@@ -8,7 +8,7 @@
 //! [`crate::sessions`] knows all sessions, and when one ends: then its files close.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::activity::Activity;
 use crate::audit::Audited;
@@ -23,6 +23,7 @@ use raio_transport::protocol::{FileHandle, FileStatus, OPEN_READ, OPEN_WRITE};
 use rustix::fs::FileType;
 
 use crate::peer::Origin;
+use crate::stats::CountedSession;
 use crate::stored::LimitedFile;
 use crate::throttle::Flow;
 use crate::tuning::listings::SESSION_MAX;
@@ -183,6 +184,8 @@ pub struct Session {
     pub activity: Activity,
     /// Why it is to end: an [`EndReason`].
     end_reason: AtomicU8,
+    /// Its client counts it.
+    counted: OnceLock<CountedSession>,
     files: Mutex<Handles<ClosedFile>>,
     /// Directories that it lists. Each counts as an open file.
     listings: Mutex<Listings<FilePermit>>,
@@ -219,7 +222,13 @@ impl Session {
     pub fn new(id: SessionId, identity: Identity, address: AddressAccount, limits: Arc<Limits>) -> Self {
         let (files, listings, account) = (Mutex::default(), Mutex::default(), Account::default());
         let (activity, end_reason) = (Activity::default(), AtomicU8::new(EndReason::None as u8));
-        Self { id, identity, activity, end_reason, files, listings, account, address, limits }
+        let counted = OnceLock::new();
+        Self { id, identity, activity, end_reason, counted, files, listings, account, address, limits }
+    }
+
+    /// Has its client count it, unless it does. Returns that.
+    pub fn count_with(&self, begin: impl FnOnce() -> CountedSession) -> &CountedSession {
+        self.counted.get_or_init(begin)
     }
 
     /// It is to end.

@@ -9,7 +9,9 @@ mod by_address;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::{Arc, Mutex};
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use raio_transport::error::Status;
@@ -158,6 +160,8 @@ pub struct Joined {
 #[derive(Debug)]
 pub struct Sessions {
     table: Mutex<Table>,
+    /// How many there are, for those who ask often.
+    count: AtomicUsize,
     sessions_max: usize,
     limits: Arc<Limits>,
 }
@@ -231,7 +235,12 @@ impl Sessions {
             counts: ChannelCounts::default(),
             guards: Guards::default(),
         };
-        Self { table: Mutex::new(table), sessions_max, limits }
+        Self { table: Mutex::new(table), count: AtomicUsize::new(0), sessions_max, limits }
+    }
+
+    /// The table, to begin or end sessions.
+    fn locked(&self) -> Locked<'_> {
+        Locked { table: lock(&self.table), count: &self.count }
     }
 
     /// The same, whose first one has handles that begin with this generation.
@@ -249,7 +258,7 @@ impl Sessions {
         now: Instant,
     ) -> (Result<Joined, NotJoined>, Effects) {
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         let joined = table.join(peer, connection, now, &mut effects, |table, effects| {
             // Sessions without a connection are evicted for it.
             while let Err(excess) = self.limits.begin_session(table.by_id.len(), self.sessions_max, address) {
@@ -273,7 +282,7 @@ impl Sessions {
     /// Ends the sessions of these clients, as far as they can be ended now.
     pub fn revoke(&self, of: impl Fn(&Identity) -> bool, now: Instant) -> Effects {
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         let theirs = table.by_id.iter_mut().filter(|(_, place)| of(&place.session.identity));
         let revoked = theirs.map(|(&id, place)| {
             place.session.end_because(EndReason::Revoked);
@@ -289,7 +298,7 @@ impl Sessions {
     /// Ends a session because an administrator wants it, as far as it can be ended now. None: it has ended.
     pub fn kill(&self, session: &Arc<Session>, now: Instant) -> Option<Effects> {
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         let of = table.by_id.get_mut(&session.id).filter(|of| Arc::ptr_eq(&of.session, session))?;
         session.end_because(EndReason::Killed);
         of.is_superseded = true;
@@ -351,7 +360,7 @@ impl Sessions {
         let Member { session, channel, name } = member;
         let Remains { outcomes, fence, executing, linger } = remains;
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         table.counts.orphans += executing;
         for given_up in fence.into_iter().flat_map(|fence| fence.superseded) {
             if let Some(of) = table.by_id.get_mut(&given_up.id) {
@@ -378,7 +387,7 @@ impl Sessions {
     pub fn orphan_ended(&self, member: &Member, ended: Option<(u32, Status, u64)>, now: Instant) -> Effects {
         let Member { session, channel, .. } = member;
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         table.counts.orphans -= 1;
         let of = table.by_id.get_mut(&session.id);
         if let Some(place) = of.and_then(|of| of.channels.get_mut(channel)) {
@@ -391,7 +400,7 @@ impl Sessions {
     /// Forgets the channels whose time is over. [`Effects::expires`] says when the next one's is.
     pub fn expire(&self, now: Instant) -> Effects {
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         while let Some(first) = table.deadlines.first_entry().filter(|first| first.key().0 <= now) {
             let (session, channel) = first.remove();
             table.counts.expired += 1;
@@ -409,7 +418,7 @@ impl Sessions {
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        lock(&self.table).by_id.len()
+        self.count.load(Ordering::Relaxed)
     }
 
     /// Whether their requests are counted.
@@ -426,6 +435,32 @@ impl Sessions {
     pub fn channel_counts(&self) -> ChannelCounts {
         let table = lock(&self.table);
         ChannelCounts { parked: table.parked.len(), lingering: table.idle.len(), ..table.counts }
+    }
+}
+
+/// The table, locked. The number of sessions is published when it is unlocked.
+struct Locked<'a> {
+    table: MutexGuard<'a, Table>,
+    count: &'a AtomicUsize,
+}
+
+impl Deref for Locked<'_> {
+    type Target = Table;
+
+    fn deref(&self) -> &Table {
+        &self.table
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Table {
+        &mut self.table
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.count.store(self.table.by_id.len(), Ordering::Relaxed);
     }
 }
 
@@ -634,6 +669,7 @@ impl Clone for Sessions {
     fn clone(&self) -> Self {
         Self {
             table: Mutex::new(lock(&self.table).clone()),
+            count: AtomicUsize::new(self.len()),
             sessions_max: self.sessions_max,
             limits: Arc::clone(&self.limits),
         }
@@ -751,6 +787,73 @@ mod tests {
         let mut run = run();
         let handle = run.join(1, None).member.session.insert(null(), &None).unwrap();
         assert!(run.join(2, None).member.session.get(handle).is_none());
+    }
+
+    #[test]
+    fn many_sessions_are_listed_in_parts_while_others_begin_and_end() {
+        const ALL: usize = 100_000;
+        let mut run = Run::new(2 * ALL, limits(10, 1 << 30));
+        let mut joined: VecDeque<_> = (0..ALL as u128)
+            .map(|number| {
+                let id = SessionId(number.to_be_bytes());
+                run.join_as(&Peer { session: id, ..peer(1, None) }).0.expect("it may join")
+            })
+            .collect();
+        let session = |joined: &Joined| Arc::clone(&joined.member.session);
+        let stay: Vec<_> = joined.iter().skip(ALL / 2).map(session).collect();
+        let (mut seen, mut from, mut longest) = (Vec::new(), Some(0), Duration::ZERO);
+        let mut number = ALL as u128;
+        while let Some(at) = from {
+            let began = Instant::now();
+            let (part, next) = run.sessions.list(at, 256);
+            longest = longest.max(began.elapsed());
+            assert!(part.len() <= 256 && next.is_none_or(|next| next > at));
+            seen.extend(part);
+            from = next;
+            // One ends and another one begins, in its place or elsewhere.
+            let _ = run.end(joined.pop_front().expect("there are more"), 0, Duration::ZERO);
+            number += 1;
+            let id = SessionId(number.to_be_bytes());
+            joined.push_back(run.join_as(&Peer { session: id, ..peer(1, None) }).0.expect("it may join"));
+        }
+        let mut places: Vec<_> = seen.iter().map(Arc::as_ptr).collect();
+        places.sort_unstable();
+        places.dedup();
+        assert_eq!(places.len(), seen.len(), "none is there twice");
+        assert!(
+            stay.iter().all(|session| places.binary_search(&Arc::as_ptr(session)).is_ok()),
+            "none is missing"
+        );
+        assert_eq!(run.sessions.len(), ALL);
+        // The table is locked for some 25 us each time. A slow machine may be preempted in between.
+        assert!(longest < Duration::from_millis(100), "{longest:?}");
+        while let Some(joined) = joined.pop_front() {
+            let _ = run.end(joined, 0, Duration::ZERO);
+        }
+        assert!(lock(&run.sessions.table).listed.is_empty());
+    }
+
+    #[test]
+    fn a_session_that_is_killed_is_not_begun_anew_by_its_client() {
+        let mut run = run();
+        let (joined, other) = (run.join(1, Some((0, 1))), run.join(2, Some((0, 1))));
+        let session = Arc::clone(&joined.member.session);
+        let effects = run.sessions.kill(&session, run.now).expect("it is there");
+        assert_eq!((effects.close, session.end_reason()), (vec![joined.member.name], EndReason::Killed));
+        assert!(matches!(run.try_join(1, Some((0, 2))), Err(NotJoined::Killed)), "while it ends");
+        assert_eq!(run.end(joined, 0, LINGER).ended.len(), 1);
+        assert!(run.sessions.kill(&session, run.now).is_none(), "it has ended");
+        assert!(matches!(run.try_join(1, Some((0, 3))), Err(NotJoined::Killed)), "and later");
+        assert_eq!((run.sessions.len(), other.member.session.end_reason()), (1, EndReason::None));
+        // A server remembers some.
+        for number in 0..=KILLED_MAX {
+            let id = SessionId((number as u128 + 1000).to_be_bytes());
+            let joined = run.join_as(&Peer { session: id, ..peer(1, None) }).0.expect("it may join");
+            let _ = run.sessions.kill(&joined.member.session, run.now).expect("it is there");
+            let _ = run.end(joined, 0, Duration::ZERO);
+        }
+        assert!(run.try_join(1, None).is_ok(), "this one is forgotten");
+        assert_eq!(lock(&run.sessions.table).killed.len(), KILLED_MAX);
     }
 
     #[test]

@@ -105,6 +105,15 @@ pub fn lanes(lanes: &Lanes) -> [(&'static str, Load); 5] {
         .map(|(name, lane)| (name, lane.load()))
 }
 
+/// The same as JSON.
+pub fn lanes_json(of: &Lanes) -> String {
+    let lanes = lanes(of).map(|(name, Load { running, waiting, oldest })| {
+        let oldest_ms = oldest.unwrap_or_default().as_millis();
+        format!("\"{name}\":{{\"running\":{running},\"waiting\":{waiting},\"oldest_ms\":{oldest_ms}}}")
+    });
+    format!("{{{}}}", lanes.join(","))
+}
+
 /// Why an export does not answer, if that is so: requests on it hang.
 pub fn why_unavailable(export: &Export) -> Option<String> {
     let hangs = |(name, load): (&'static str, Load)| lane_stalled(export, name, load);
@@ -257,6 +266,9 @@ mod tests {
         assert_eq!(lane_stalled(&export, "lease", load(Duration::from_secs(31))), None);
         let stalled = lane_stalled(&export, "lease", load(Duration::from_secs(60))).unwrap();
         assert!(stalled.why.contains("Samba"), "{}", stalled.why);
+        let none = "{\"running\":0,\"waiting\":0,\"oldest_ms\":0}";
+        let json = lanes_json(export.lanes());
+        assert!(json.starts_with(&format!("{{\"open\":{none},\"lease\":{none},")), "{json}");
         assert_eq!((why_unavailable(&export), lanes(export.lanes())[4].1), (None, Load::default()));
     }
 }

@@ -4,14 +4,19 @@
 //! by whoever opens a session.
 
 mod admin;
+mod metrics;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Instant;
 
+use jiff::Timestamp;
+
 use crate::control::Control;
+use crate::disks::disks_of;
 use crate::export::Export;
 use crate::http::{Access, Answer, Next, Parts, Request, Response, Site};
+use crate::stalled;
 use crate::stats::{self, Counter, Counters, Whole};
 use crate::tuning::http::{BEAT_TIMEOUT, EVENT_INTERVAL};
 use crate::worker::Shared;
@@ -41,6 +46,8 @@ pub struct MainState {
     pub reload_failed: AtomicBool,
     /// A worker has failed.
     pub worker_failed: AtomicBool,
+    /// When the server started.
+    pub started_at: Timestamp,
     progress: AtomicU8,
     started: Instant,
     /// When the main thread has shown last that it goes on, in milliseconds since the start.
@@ -57,6 +64,7 @@ impl Default for MainState {
             config_generation,
             reload_failed: AtomicBool::default(),
             worker_failed: AtomicBool::default(),
+            started_at: Timestamp::now(),
             progress: AtomicU8::new(Progress::Starting as u8),
             started: Instant::now(),
             beat_ms: AtomicU64::default(),
@@ -111,7 +119,13 @@ impl Observed {
     /// The statistics, as a line of JSON.
     pub fn stats(&self) -> String {
         let sessions = &self.shared.sessions;
-        let exports: Vec<_> = self.shared.exports.all().iter().map(Export::name).collect();
+        let exports = self.shared.exports.all();
+        let on_device = |export: &Export| Some((export.name().to_owned(), export.root()?.device()?));
+        let on_device: Vec<_> = exports.iter().filter_map(on_device).collect();
+        let lanes: Vec<_> = exports.iter().map(|export| stalled::lanes_json(export.lanes())).collect();
+        let exports: Vec<_> = exports.iter().map(Export::name).collect();
+        let now = Instant::now();
+        self.control.look(now);
         let whole = Whole {
             backend: self.backend,
             accepted: self.main.accepted.get(),
@@ -122,12 +136,33 @@ impl Observed {
             open_files: sessions.open_files(),
             data_connections: &self.shared.placement.data_connections(),
             exports: &exports,
+            uptime: self.main.started.elapsed(),
+            phase: if self.main.is(Progress::Draining) { "draining" } else { "serving" },
+            config_generation: self.main.config_generation.get(),
+            stuck: &self.stuck_workers(),
+            lanes: &lanes,
+            stalled: &self.control.stalled_json(now),
+            disks: &disks_of(on_device.iter().map(|(name, device)| (&**name, *device))),
+            clients: &self.shared.clients.busiest(),
         };
-        stats::json(self.workers.iter().map(|counters| &**counters), &whole)
+        stats::json(self.counters(), &whole)
+    }
+
+    fn counters(&self) -> impl Iterator<Item = &Counters> + Clone {
+        self.workers.iter().map(|counters| &**counters)
+    }
+
+    /// Whether each worker does not take what it is given, or has not gone on since somebody looked.
+    fn stuck_workers(&self) -> Vec<bool> {
+        let stuck = self.control.stuck(Instant::now());
+        let is_stuck =
+            |(worker, stuck): (usize, Option<_>)| stuck.is_some() || self.shared.placement.is_stuck(worker);
+        stuck.into_iter().enumerate().map(is_stuck).collect()
     }
 
     /// Whether it accepts connections: if not, why.
     fn readiness(&self) -> Result<(), &'static str> {
+        self.control.look(Instant::now());
         self.main.health()?;
         if self.main.is(Progress::Starting) {
             return Err("The server starts.");
@@ -135,7 +170,7 @@ impl Observed {
         if self.main.is(Progress::Draining) {
             return Err("The server completes the requests in flight, and ends.");
         }
-        if (0..self.workers.len()).all(|worker| self.shared.placement.is_stuck(worker)) {
+        if self.stuck_workers().into_iter().all(|is_stuck| is_stuck) {
             return Err("No worker takes connections.");
         }
         Ok(())
@@ -159,6 +194,7 @@ const ROUTES: &[Route] = &[
     public("/", |_, _| Answer::Now(page())),
     public("/healthz", |it, _| Answer::Now(verdict(it.main.health()))),
     public("/readyz", |it, _| Answer::Now(verdict(it.readiness()))),
+    public("/metrics", |it, _| Answer::Now(Response::new(200, metrics::CONTENT_TYPE, metrics::metrics(it)))),
     public("/stats", |it, _| Answer::Now(Response::json(200, it.stats() + "\n"))),
     public("/events", |it, request| {
         Answer::Stream("text/event-stream", Box::new(Events { of: Arc::clone(it), next: request.now }))

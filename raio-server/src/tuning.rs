@@ -406,6 +406,9 @@ pub mod statistics {
     /// Publishing interval of the gauges of a busy worker, in iterations; it also publishes them before it
     /// sleeps. Publishing costs 100 instructions, and gauges need not be exact to the microsecond.
     pub const PUBLISHED_EVERY: u32 = 16;
+    /// Clients that are shown with what they have done: those with most requests. Not measured: as many as a
+    /// person may want to see.
+    pub const CLIENTS_SHOWN: usize = 100;
     /// Records of a worker's trace, of 40 bytes each: about 20,000 requests. Not measured.
     pub const TRACE_RECORDS: usize = 1 << 16;
     /// How long the end of the process waits for the trace to be written, for a file system may hang. Not

@@ -77,7 +77,7 @@ use crate::reply::Reply;
 use crate::request::State;
 use crate::session::Session;
 use crate::sessions::{ConnectionName, Sessions};
-use crate::stats::Counters;
+use crate::stats::{CountedClients, Counters};
 use crate::stored::StoredDirectories;
 use crate::throttle::Throttles;
 use crate::trace::Trace;
@@ -116,6 +116,8 @@ pub struct Shared {
     pub orphan_guard: OrphanGuard,
     /// How many operations and bytes a second clients and exports may have.
     pub throttles: Throttles,
+    /// What is counted for clients that have keys.
+    pub clients: CountedClients,
     /// How many bytes clients store, where that is limited.
     pub stored: Arc<StoredDirectories>,
     /// What each connection is granted.
@@ -172,6 +174,7 @@ impl Shared {
             sessions,
             orphan_guard: OrphanGuard::default(),
             throttles: Throttles::new(config.exports.iter().map(|export| export.rates), Instant::now()),
+            clients: CountedClients::new(config.workers),
             stored: Arc::default(),
             policy: Arc::new(policy),
             workers: OnceLock::new(),
@@ -317,6 +320,8 @@ pub struct Worker {
     expires: Option<Instant>,
     /// There is a timer for [`FENCE_CHECK`].
     checks_fences: bool,
+    /// The export of the open that is answered at once, and counted.
+    opened_at_once: Option<usize>,
     /// Requests for a later iteration.
     deferred: VecDeque<transport::Request>,
     /// An option limits the requests of a session or an address, or `clients.toml` those of a client.
@@ -453,6 +458,7 @@ impl Worker {
             unclaimed,
         };
         counters.arena_bytes.set(arena.len() as u64);
+        reactor.set_idle_time(Arc::clone(&counters.idle));
         let policy = Policy { queue_pair: rdma.is_some(), ..Policy::clone(&shared.policy) };
         let mut tcp = tcp::TcpServer::new(TCP, Arc::new(policy));
         tcp.set_heap_max(shared.heap_bytes);
@@ -496,6 +502,7 @@ impl Worker {
             joined: 0,
             expires: None,
             checks_fences: false,
+            opened_at_once: None,
             deferred: VecDeque::new(),
             events: Vec::new(),
             handed_over: false,

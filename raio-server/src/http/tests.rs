@@ -228,8 +228,7 @@ fn who_says_nothing_or_takes_nothing_is_closed_in_time() {
     let began = Instant::now();
     let after = |seconds| began + Duration::from_secs(seconds);
     let answer = |_: &Head<'_>| Answer::Now(Response::new(200, "text/plain", "x".repeat(1 << 20)));
-    let mut step =
-        |connection: &mut Connection, seconds| connection.step(after(seconds), false, answer).is_ok();
+    let step = |connection: &mut Connection, seconds| connection.step(after(seconds), false, answer).is_ok();
     let (mut client, socket) = UnixStream::pair().unwrap();
     let mut connection = Connection::new(socket.into(), true, began);
     // A byte now and then does not help.

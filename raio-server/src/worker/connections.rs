@@ -16,6 +16,7 @@ use crate::client::Client;
 use crate::limits::{AddressAccount, ConnectionPermit};
 use crate::peer::PeerAddress;
 use crate::sessions::{ConnectionName, Fence, Member};
+use crate::stats::CountedClient;
 
 /// What is known of a connection from the first.
 #[derive(Debug)]
@@ -108,6 +109,8 @@ pub struct Connection {
     pub name: String,
     /// Who the client is, for the audit log if there is one.
     pub who: Option<Arc<Who>>,
+    /// Counts what it does, for the client that has this key.
+    pub counted: Option<Arc<CountedClient>>,
     /// What waits in lanes on its behalf is cancelled once this has gone.
     pub client: Arc<Client>,
 }
@@ -284,6 +287,7 @@ mod tests {
             has_data: true,
             name: String::new(),
             who: None,
+            counted: None,
             client: Client::new(None),
         })
     }

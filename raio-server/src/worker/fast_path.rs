@@ -54,8 +54,9 @@ impl Worker {
             return false;
         }
         self.counters.fast_path.add(1);
-        self.count_response(Status::OK);
-        self.count_for_export(Some(open.export), Direction::ToClient, Status::OK, length);
+        self.count_response(Opcode::Read, Status::OK);
+        self.count_for_export(Opcode::Read, Some(open.export), Direction::ToClient, Status::OK, length);
+        self.count_for_client(connection, Direction::ToClient, Status::OK, length);
         if let Some(audited) = &open.audited {
             audited.on_read(length);
         }
@@ -65,7 +66,7 @@ impl Worker {
         if self.latencies.measures_fast_path() {
             self.measured(connection, Duration::ZERO);
         }
-        self.latencies.answered_by_fast_path();
+        self.latencies.answered_by_fast_path(open.export);
         if self.tracer.is_on() {
             self.trace(name, Phase::Point, "fast_path", 0);
             self.trace(name, Phase::End, Opcode::Read.operation().name, length);

@@ -159,7 +159,7 @@ impl Worker {
         let request = &self.requests[key];
         let (is_cancelled, id) = (request.is_cancelled, request.key.id);
         if answer.status.is_ok() {
-            self.count_work(&request.work, answer.status, answer.result);
+            self.count_work(None, request.opcode, &request.work, answer.status, answer.result);
         }
         self.end_request(key);
         let Some(Orphan { member, guarded, .. }) = self.orphans.remove(&key) else { return };

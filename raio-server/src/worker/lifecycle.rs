@@ -22,7 +22,7 @@ use crate::keys::Rights;
 use crate::limits::Excess;
 use crate::log::log_client;
 use crate::peer::PeerAddress;
-use crate::request::State;
+use crate::request::{Request, State};
 use crate::sessions::{ConnectionName, Joined, NotJoined, Remains};
 use crate::tuning::drain::GRACE_OF_SILENT;
 
@@ -74,6 +74,10 @@ impl Worker {
         };
         member.session.assign(rights.limits());
         member.session.activity.came(address, now);
+        let counted = rights.limits().map(|(client, _)| {
+            let begin = || self.shared.clients.begin_session(client);
+            Arc::clone(member.session.count_with(begin).client())
+        });
         let session = match self.sessions.attach(&member.session, &account) {
             Ok(session) => session,
             Err(Excess { who, text }) => {
@@ -115,6 +119,7 @@ impl Worker {
             has_data: !peer.is_control(),
             name: peer.name,
             who,
+            counted,
             client: Client::new(self.transport.socket(id)),
         });
         if let Some(drain) = &mut self.drain {
@@ -212,7 +217,8 @@ impl Worker {
                 if let Some(answer) = self.requests[request].work.partly_done() {
                     let id = self.requests[request].key.id;
                     self.record_outcome(key, id, false, &answer);
-                    self.count_work(&self.requests[request].work, answer.status, answer.result);
+                    let Request { opcode, work, .. } = &self.requests[request];
+                    self.count_work(Some(key), *opcode, work, answer.status, answer.result);
                 }
                 self.end_request(request);
             }

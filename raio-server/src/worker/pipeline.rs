@@ -492,15 +492,16 @@ impl Worker {
         }
         self.note_if_slow(key, SlowEnd::Answered(response.status.errno), None);
         let request = &self.requests[key];
-        self.count_work(&request.work, response.status, response.result);
+        self.count_work(Some(connection), opcode, &request.work, response.status, response.result);
         let counters = &self.connections[connection].counters;
         counters.ended();
         if response.status.is_ok() {
             count_bytes(counters, &request.work, response.result);
         }
+        let export = request.work.export();
         self.end_request(key);
         let was_cancelled = response.status.errno == libc::ECANCELED;
-        self.respond(name, opcode, arrived, response);
+        self.respond_on(export, name, opcode, arrived, response);
         if let Some(cancel_request) = cancel_request {
             let (cancel_request, arrived) = *cancel_request;
             let response = if was_cancelled {
@@ -525,7 +526,7 @@ impl Worker {
         }
     }
 
-    /// Answers a request that was not begun, or is over.
+    /// Answers a request that was not begun, and that no export has counted.
     pub(super) fn respond(
         &mut self,
         name: RequestKey,
@@ -533,11 +534,24 @@ impl Worker {
         arrived: Option<Instant>,
         response: Response,
     ) {
-        self.count_response(response.status);
+        self.count_for_export(opcode, None, Direction::None, response.status, 0);
+        self.respond_on(None, name, opcode, arrived, response);
+    }
+
+    /// Answers a request that was counted, on an export if it is on one.
+    pub(super) fn respond_on(
+        &mut self,
+        export: Option<usize>,
+        name: RequestKey,
+        opcode: Opcode,
+        arrived: Option<Instant>,
+        response: Response,
+    ) {
+        self.count_response(opcode, response.status);
         let connection = self.connections.key(name.connection);
         if let Some(arrived) = arrived {
             let now = self.reactor.clock().now();
-            self.latencies.answered(opcode, arrived, now, &self.counters);
+            self.latencies.answered((opcode, export), arrived, now, &self.counters);
             if let Some(connection) = connection {
                 self.measured(connection, now - arrived);
             }
@@ -561,20 +575,32 @@ impl Worker {
     }
 
     /// Counts a response, of the fast path or any other.
-    pub(super) fn count_response(&self, status: Status) {
+    pub(super) fn count_response(&self, opcode: Opcode, status: Status) {
         self.counters.answered.add(1);
         if !status.is_ok() {
             self.counters.errors.add(1);
+            self.counters.failed(opcode, status.errno);
         }
     }
 
-    /// Counts a request that was carried out, and if it has succeeded the bytes that it has moved.
-    pub(super) fn count_work(&self, work: &Work, status: Status, bytes: u64) {
+    /// Counts a request that was carried out, and if it has succeeded the bytes that it has moved: for its
+    /// export, and for the client of its connection if that is still there.
+    pub(super) fn count_work(
+        &self,
+        connection: Option<usize>,
+        opcode: Opcode,
+        work: &Work,
+        status: Status,
+        bytes: u64,
+    ) {
         if let Work::Copy(copy) = work {
-            return self.count_copy(copy, status, bytes);
+            return self.count_copy(connection, copy, status, bytes);
         }
         let direction = work.direction();
-        self.count_for_export(work.export(), direction, status, bytes);
+        self.count_for_export(opcode, work.export(), direction, status, bytes);
+        if let Some(connection) = connection {
+            self.count_for_client(connection, direction, status, bytes);
+        }
         if let Some(audited) = work.file().and_then(|file| file.open.audited.as_deref())
             && status.is_ok()
         {
@@ -587,26 +613,59 @@ impl Worker {
     }
 
     /// The same of a copy: a read of one file, and a write of the other.
-    fn count_copy(&self, copy: &Copying, status: Status, bytes: u64) {
+    fn count_copy(&self, connection: Option<usize>, copy: &Copying, status: Status, bytes: u64) {
         let (source, destination) = (copy.source(), copy.destination());
-        self.count_for_export(Some(source.export), Direction::ToClient, status, bytes);
-        self.count_for_export(Some(destination.export), Direction::ToServer, status, bytes);
+        self.count_for_export(Opcode::Copy, Some(source.export), Direction::ToClient, status, bytes);
+        self.count_for_export(Opcode::Copy, Some(destination.export), Direction::ToServer, status, bytes);
+        if let Some(connection) = connection {
+            self.count_for_client(connection, Direction::ToClient, status, bytes);
+            self.count_bytes_written(connection, status, bytes);
+        }
         if status.is_ok() {
             source.audited.iter().for_each(|audited| audited.on_read(bytes));
             destination.audited.iter().for_each(|audited| audited.on_written(bytes));
         }
     }
 
-    /// The same, for its export alone.
+    /// Counts a request for the client of its connection.
+    #[inline]
+    pub(super) fn count_for_client(
+        &self,
+        connection: usize,
+        direction: Direction,
+        status: Status,
+        bytes: u64,
+    ) {
+        let Some(client) = &self.connections[connection].counted else { return };
+        let client = client.worker(self.index);
+        client.requests.add(1);
+        match direction {
+            Direction::ToClient if status.is_ok() => client.read_bytes.add(bytes),
+            Direction::ToServer if status.is_ok() => client.written_bytes.add(bytes),
+            _ => {}
+        }
+    }
+
+    /// Counts what a copy has written besides.
+    fn count_bytes_written(&self, connection: usize, status: Status, bytes: u64) {
+        if let Some(client) = &self.connections[connection].counted
+            && status.is_ok()
+        {
+            client.worker(self.index).written_bytes.add(bytes);
+        }
+    }
+
+    /// Counts a request for its export alone.
     pub(super) fn count_for_export(
         &self,
+        opcode: Opcode,
         export: Option<usize>,
         direction: Direction,
         status: Status,
         bytes: u64,
     ) {
-        let Some(export) = export.and_then(|export| self.counters.exports.get(export)) else { return };
-        export.requests.add(1);
+        let export = self.counters.export(export);
+        export.request(opcode);
         match direction {
             _ if !status.is_ok() => export.errors.add(1),
             Direction::ToClient => {

@@ -113,7 +113,10 @@ impl Admin {
             )),
             _ => Failure::of(
                 Kind::Unreachable,
-                format!("The server at {path} has broken off: {error}. It may have ended."),
+                format!(
+                    "The server at {path} has broken off: {error}. It may have ended, or not let this user \
+                     in: be root, or the server's user."
+                ),
             ),
         }
     }

@@ -146,7 +146,7 @@ fn who_does_most_comes_first_and_no_more_than_were_asked_for() {
     let (_, file) = bench.pair.open(&mut members[1]);
     members[1].write(file, 0);
     assert!(bench.pair.reply(&mut members[1]).is_some());
-    let mut top = || parse(&bench.control.sessions(Some(2), Instant::now()));
+    let top = || parse(&bench.control.sessions(Some(2), Instant::now()));
     let first = top();
     let sessions = first["sessions"].as_array().expect("a list");
     assert_eq!((sessions.len(), first["total"].as_u64()), (2, Some(3)));
@@ -155,7 +155,7 @@ fn who_does_most_comes_first_and_no_more_than_were_asked_for() {
     let (_, file) = bench.pair.open(&mut members[2]);
     members[2].read(file, 0);
     assert!(bench.pair.reply(&mut members[2]).is_some());
-    let mut top = || parse(&bench.control.sessions(Some(2), Instant::now()));
+    let top = || parse(&bench.control.sessions(Some(2), Instant::now()));
     assert_eq!(top()["sessions"][0]["read_bytes"], BLOCK);
 }
 
