@@ -136,8 +136,8 @@ impl Drop for Terminal {
 /// The command that runs it with its process id in a file, and shows then how it has left the terminal.
 fn command(directory: &TempDir) -> String {
     format!(
-        "sh -c 'cd {}; sh -c \"echo \\$\\$ >pid; exec {} top --interval 0.2 --socket admin\"; echo exit=$?; stty -a; \
-         sleep 100'",
+        "sh -c 'cd {}; sh -c \"echo \\$\\$ >pid; exec {} top --interval 0.2 --socket admin\"; \
+         echo exit=$?; stty -a; sleep 100'",
         directory.path().display(),
         binary("raio").display()
     )
