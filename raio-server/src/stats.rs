@@ -766,6 +766,7 @@ fn write_latencies<'a>(out: &mut String, workers: impl Iterator<Item = &'a Count
         let comma = if at > 0 { "," } else { "" };
         out.push_str(comma);
         write_latency(out, operation.name, &sum);
+        write_buckets(out, &sum);
     }
     out.push('}');
 }
@@ -783,6 +784,15 @@ fn write_latency(out: &mut String, operation: &str, histogram: &Histogram) {
         us(0.999),
         us(1.0)
     );
+}
+
+/// Adds the buckets of a histogram to its latencies: the end of each in microseconds, and how many it has.
+/// Whoever shows the latencies of the last seconds subtracts those of two answers.
+fn write_buckets(out: &mut String, histogram: &Histogram) {
+    out.truncate(out.len() - "}".len());
+    let buckets = histogram.buckets.iter().map(Counter::get).enumerate().filter(|&(_, count)| count > 0);
+    let pair = |(at, count)| format!("[{:.1},{count}]", Histogram::end(at).as_nanos() as f64 / 1000.0);
+    let _ = write!(out, ",\"buckets\":[{}]}}", buckets.map(pair).collect::<Vec<_>>().join(","));
 }
 
 /// How long requests on an export took (None: on no export), by operation: those of which there were any.
@@ -905,6 +915,8 @@ mod tests {
             "\"open_files\":2",
             "\"read\":0",
             "\"read\":{\"count\":4,\"p50\":106.5,",
+            "\"max\":106.5,\"buckets\":[[106.5,4]]}",
+            "\"max\":0.0,\"buckets\":[]}",
             "\"b\\\"\":{\"requests\":0,\"errors\":0,\"read_bytes\":0,\"written_bytes\":18,",
             "\"throttled\":2,\"throttled_us\":3000,\"latency_us\":{},\"lanes\":{}}}",
             "},\"lanes\":{\"data\":{}}},",

@@ -25,6 +25,15 @@ fn top(directory: &Path, arguments: &[&str]) -> Output {
     command.stdin(Stdio::null()).output().expect("raio runs")
 }
 
+/// Sets a flag when it is dropped.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Reads from a server while something else is done.
 fn while_reading<T>(server: &Server, act: impl FnOnce() -> T) -> T {
     let session = Session::connect(&server.url(), &Options::default()).expect("a session");
@@ -41,9 +50,9 @@ fn while_reading<T>(server: &Server, act: impl FnOnce() -> T) -> T {
                 }
             }
         });
-        let result = act();
-        is_over.store(true, Ordering::Relaxed);
-        result
+        // Also if it panics: the scope waits for the thread.
+        let _end = End(&is_over);
+        act()
     })
 }
 
@@ -127,8 +136,8 @@ impl Drop for Terminal {
 /// The command that runs it with its process id in a file, and shows then how it has left the terminal.
 fn command(directory: &TempDir) -> String {
     format!(
-        "sh -c 'cd {}; sh -c \"echo \\$\\$ >pid; exec {} top --interval 0.2 --socket admin\"; echo exit=$?; stty -a; \
-         sleep 100'",
+        "sh -c 'cd {}; sh -c \"echo \\$\\$ >pid; exec {} top --interval 0.2 --socket admin\"; \
+         echo exit=$?; stty -a; sleep 100'",
         directory.path().display(),
         binary("raio").display()
     )
