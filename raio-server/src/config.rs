@@ -988,6 +988,30 @@ mod tests {
     }
 
     #[test]
+    fn http_is_served_where_that_is_said_and_with_what_goes_with_it() {
+        let check = |arguments: &[&str]| options(&[&["--export", "a=/tmp"], arguments].concat()).check(2);
+        let config = check(&[]).unwrap();
+        assert!(config.http.is_empty() && config.admin.is_none());
+        let config = check(&["--http", "[::1]:7241", "--http-host", "a.b", "--admin", "/run/a"]).unwrap();
+        assert_eq!(config.http, ["[::1]:7241".parse().unwrap()]);
+        assert_eq!((config.http_names, config.admin), (vec!["a.b".to_owned()], Some("/run/a".into())));
+        for (arguments, said) in [
+            (&["--http", "7241"][..], "Write HOST:PORT, such as 127.0.0.1:7241."),
+            (&["--http", "http://127.0.0.1:7241"], "--http http://127.0.0.1:7241: "),
+            (&["--http", "127.0.0.1"], "Write HOST:PORT"),
+            (&["--http-host", "a"], "Add --http HOST:PORT"),
+            (&["--http-token", "/t"], "Add --http HOST:PORT"),
+            (&["--http", "127.0.0.1:1", "--http-host", "http://a"], "without scheme and port"),
+            (&["--admin", "run/a"], "--admin: run/a is not a path from / on."),
+            (&["--admin", "/a", "--hand-over", "/a"], "Give a path of its own."),
+            (&["--admin", "/a", "--listen", "unix:///a"], "Give a path of its own."),
+        ] {
+            let error = error(&[&["--export", "a=/tmp"], arguments].concat());
+            assert!(error.contains(said), "{arguments:?}: {error}");
+        }
+    }
+
+    #[test]
     fn the_kernel_seals_only_if_that_is_said() {
         let config = options(&["--export", "a=/tmp", "--keys", "/k"]).check(2).unwrap();
         assert!(!config.has_kernel_tls);

@@ -26,7 +26,6 @@ use crate::log;
 use crate::tuning::http::{ACCEPT_RETRY, ADMIN_CONNECTIONS_MAX, CONNECTIONS_MAX, STREAMS_MAX};
 use connection::{Connection, Over};
 use request::{Head, is_our_name};
-#[allow(unused_imports)]
 pub use response::{Answer, Later, Next, Parts, Response};
 
 /// What a client may have.

@@ -342,7 +342,7 @@ pub fn http_offered(config: &Config, sockets: &http::Sockets) -> Vec<Offered> {
 }
 
 /// The secret in this file.
-fn read_token(path: &Path) -> anyhow::Result<http::Token> {
+pub fn read_token(path: &Path) -> anyhow::Result<http::Token> {
     let cannot = || format!("--http-token {}", path.display());
     let mut text = String::new();
     let mut file = std::fs::File::open(path).with_context(cannot)?;

@@ -168,6 +168,7 @@ impl Drop for EndedOnDrop {
 pub fn check(config: &Config) -> anyhow::Result<()> {
     let user = config.user.as_deref().map(User::find).transpose()?;
     config.hand_over.as_deref().map_or(Ok(()), hand_over::check_path)?;
+    config.http_token.as_deref().map(listener::read_token).transpose()?;
     let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
     let keys = config.keys.as_deref().map(|directory| Keys::open(directory, false)).transpose()?;
     try_kernel_tls(config)?;

@@ -408,7 +408,7 @@ pub struct Counters {
     pub idle: Arc<IdleTime>,
     /// By the export's place among all.
     pub exports: ByExport,
-    /// Of requests that are on no export, and of those that were rejected before they began.
+    /// Of requests that are on no export, and of those that were answered before they began.
     pub no_export: ExportCounters,
     requests: PerOperation<Counter>,
     /// Failures by operation and errno, once there is one.

@@ -210,6 +210,8 @@ fn metrics_count_what_was_done() {
         ("raio_config_last_reload_success", 1.0),
         ("raio_connection_closes_total{reason=\"stalled\"}", 0.0),
         ("raio_worker_stuck{worker=\"0\"}", 0.0),
+        ("raio_lane_jobs{export=\"d\",lane=\"open\",state=\"waiting\"}", 0.0),
+        ("raio_lane_oldest_seconds{export=\"m\",lane=\"data\"}", 0.0),
     ] {
         assert_eq!(metrics.get(name), value, "{name}");
     }
