@@ -125,8 +125,8 @@ pub struct Options {
     /// repeatable
     #[arg(long, value_name = "NAME")]
     http_host: Vec<String>,
-    /// Let those who send what this file holds, as a bearer token, read over HTTP who the clients are and what
-    /// they do [default: the admin socket alone tells that]
+    /// Let those who send what this file holds, as a bearer token, read over HTTP who the clients are and
+    /// what they do [default: the admin socket alone tells that]
     #[arg(long, value_name = "FILE")]
     http_token: Option<PathBuf>,
     /// Serve the same at this Unix socket, and take commands there, from root and the user of the server
@@ -645,7 +645,8 @@ impl Options {
                 && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
             ensure!(
                 is_name,
-                "{} {host:?} is not a host name. Write it without scheme and port, such as store.example.com.",
+                "{} {host:?} is not a host name. Write it without scheme and port, such as \
+                 store.example.com.",
                 name("http-host")
             );
         }

@@ -1,8 +1,8 @@
 //! A small server of HTTP/1.1, for operators and what watches the server: over TCP (`--http`), and over a
 //! Unix socket that nobody but the operator may use ([`Access::Admin`]).
 //!
-//! It is one thread, which waits for all its sockets with poll(2), and whom no worker ever waits for. All that
-//! a client can cause has a limit: connections, the bytes of a request, the time of each step. What the
+//! It is one thread, which waits for all its sockets with poll(2), and whom no worker ever waits for. All
+//! that a client can cause has a limit: connections, the bytes of a request, the time of each step. What the
 //! requests mean is decided by a [`Site`].
 
 mod connection;

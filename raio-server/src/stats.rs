@@ -774,7 +774,8 @@ fn write_latency(out: &mut String, operation: &str, histogram: &Histogram) {
     let us = |part| histogram.quantile(part).as_nanos() as f64 / 1000.0;
     let _ = write!(
         out,
-        "\"{operation}\":{{\"count\":{},\"p50\":{:.1},\"p90\":{:.1},\"p99\":{:.1},\"p999\":{:.1},\"max\":{:.1}}}",
+        "\"{operation}\":{{\"count\":{},\"p50\":{:.1},\"p90\":{:.1},\"p99\":{:.1},\
+         \"p999\":{:.1},\"max\":{:.1}}}",
         histogram.count(),
         us(0.5),
         us(0.9),

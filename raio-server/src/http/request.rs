@@ -285,7 +285,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_decided_does_not_depend_on_how_it_arrives(input in pieces(), cut in any::<prop::sample::Index>()) {
+        fn what_is_decided_does_not_depend_on_how_it_arrives(
+            input in pieces(),
+            cut in any::<prop::sample::Index>(),
+        ) {
             let cut = cut.index(input.len() + 1);
             match (parse(&input[..cut]), parse(&input)) {
                 // What has come so far decides.

@@ -140,8 +140,8 @@ fn exports(of: &Observed) -> Vec<(Option<usize>, String)> {
 }
 
 fn write_requests(out: &mut Writer, of: &Observed) {
-    let help = "Requests that were answered, by operation and export. Those on no export, such as closes, and \
-                those that were answered before they began, have none.";
+    let help = "Requests that were answered, by operation and export. Those on no export, such as closes, \
+                and those that were answered before they began, have none.";
     out.family("raio_requests_total", "counter", help);
     for (export, name) in exports(of) {
         for operation in &OPERATIONS {
