@@ -544,12 +544,11 @@ fn session_id(session: &Session) -> String {
 }
 
 fn no_session(id: &str) -> NotDone {
-    NotDone::new(
-        404,
-        format!(
-            "There is no session {id}: it has ended, or never was. `raio admin sessions` shows those that there are."
-        ),
-    )
+    let text = format!(
+        "There is no session {id}: it has ended, or never was. `raio admin sessions` shows those that there \
+         are."
+    );
+    NotDone::new(404, text)
 }
 
 fn name_of(opcode: Opcode) -> &'static str {

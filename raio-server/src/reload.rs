@@ -115,7 +115,7 @@ struct ExportPlan {
 
 impl Reloader {
     /// Reads the configuration file again, and who may connect, and applies it. Returns what has changed, a
-    /// sentence each. After an error nothing has.
+    /// line each. After an error nothing has.
     pub fn reload(&self) -> anyhow::Result<Vec<String>> {
         let result = self.try_reload();
         self.shared.last_reload_failed.store(result.is_err(), Ordering::Relaxed);

@@ -921,7 +921,10 @@ impl Server {
     fn obey(&mut self, order: Order) {
         match order {
             Order::Reload(reply) => self.reload(Some(Box::new(move |result| {
-                reply.send(result.as_ref().map(Vec::clone).map_err(describe));
+                reply.send(match result {
+                    Ok(changed) => Ok(changed.clone()),
+                    Err(error) => Err(describe(error)),
+                });
             }))),
             Order::Drain if self.phase == Phase::Serving => {
                 tracing::info!(

@@ -128,6 +128,7 @@ fn a_session_is_seen_and_killed_and_the_others_go_on_until_the_server_is_drained
     let uid = rustix::process::geteuid().as_raw();
     assert!(kill.contains(&id[..8]) && kill.contains(&format!("\"by\":\"user {uid}\"")), "{kill}");
 
+    assert!(site.print(&["reload"]).contains("Nothing has changed"));
     let trace: Value = serde_json::from_str(&site.print(&["trace"])).expect("JSON");
     assert!(trace["traceEvents"].as_array().is_some_and(|events| events.len() >= 2), "{trace}");
     drop((files, victim, other));
