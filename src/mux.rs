@@ -8,6 +8,7 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use crate::error::{Class, Error, Status};
 use crate::memory::{Arena, Slot};
@@ -137,6 +138,12 @@ impl ServerTransport for Mux {
 
     fn owners(&self) -> u64 {
         self.owners
+    }
+
+    fn set_timeouts(&mut self, stall_timeout: Duration, linger: Duration) {
+        for (_, transport) in &mut self.transports {
+            transport.set_timeouts(stall_timeout, linger);
+        }
     }
 
     fn handle(&mut self, reactor: &mut Reactor, event: Event) {
@@ -291,6 +298,8 @@ mod tests {
         fn owner(&self) -> u8 {
             self.owner
         }
+
+        fn set_timeouts(&mut self, _stall_timeout: Duration, _linger: Duration) {}
 
         fn handle(&mut self, _: &mut Reactor, _: Event) {}
 

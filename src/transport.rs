@@ -397,6 +397,10 @@ pub trait ServerTransport {
         1 << self.owner()
     }
 
+    /// From now on connections that make no progress are closed after another time, and channels of clients
+    /// that connect are kept for another one: see [`crate::handshake::Policy`].
+    fn set_timeouts(&mut self, stall_timeout: Duration, linger: Duration);
+
     /// Takes in what happened on the ring to an operation of this transport's (its [`crate::reactor::Token`]
     /// has this transport's owner number).
     fn handle(&mut self, reactor: &mut Reactor, event: Event);

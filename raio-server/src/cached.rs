@@ -21,10 +21,11 @@ use raio_transport::reactor;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
-use crate::engine::{Job, KEEPS_STATUS, Lane, cached_reads, closes_at_once};
+use crate::engine::{KEEPS_STATUS, cached_reads, closes_at_once};
 use crate::export::{Confinement, Export, Location};
 use crate::file_identity::{FileIdentity, FileSystem};
 use crate::syscalls::{FileInfo, Mount, stat_cached};
+use crate::tenure::Use;
 use crate::tuning::cached_files::{INODE_EXTENTS, MOUNTS_MAX};
 
 /// A mount that [`CachedFiles`] may use.
@@ -68,7 +69,7 @@ pub struct CachedFile {
 /// A directory that paths are resolved beneath.
 #[derive(Debug)]
 struct Base {
-    export: usize,
+    export: Use,
     /// The directory that a client does not leave.
     directory: Option<String>,
     fd: OwnedFd,
@@ -199,7 +200,7 @@ impl CachedFiles {
         if inode(&file) != inode(&node) {
             close(node.fd, &node.info, export);
             // Whatever it is.
-            close_in_pool(file.fd, export.lanes().control);
+            export.lanes().close_read(file.fd);
             return None;
         }
         // It is not the last to have the file.
@@ -233,7 +234,7 @@ impl CachedFiles {
                 match found.and_then(|info| Some((info, self.usable(&info)?))) {
                     Some((info, on)) => Some(Ok(Found { fd, info, on })),
                     None => {
-                        close_in_pool(fd, export.lanes().control);
+                        export.lanes().close_read(fd);
                         None
                     }
                 }
@@ -251,9 +252,15 @@ impl CachedFiles {
     /// The place of the directory that a path is resolved beneath.
     fn base(&mut self, export: &Export, at: &Location) -> Option<usize> {
         let directory = at.confinement.as_ref().map(|Confinement { directory, .. }| directory.as_str());
-        let is_it = |base: &Base| base.export == at.export && base.directory.as_deref() == directory;
+        let is_it =
+            |base: &Base| base.export.is_of(at.export.tenure()) && base.directory.as_deref() == directory;
         if let Some(place) = self.bases.iter().position(is_it) {
             return Some(place);
+        }
+        let use_of_export = Use::of(at.export.tenure());
+        // The pool says so.
+        if at.export.tenure().is_over() {
+            return None;
         }
         let root = export.root()?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -271,7 +278,7 @@ impl CachedFiles {
             info = stat_cached(&fd).ok()?;
         }
         self.usable(&info)?;
-        self.bases.push(Base { export: at.export, directory: directory.map(str::to_owned), fd });
+        self.bases.push(Base { export: use_of_export, directory: directory.map(str::to_owned), fd });
         Some(self.bases.len() - 1)
     }
 }
@@ -280,10 +287,6 @@ fn close(fd: OwnedFd, info: &FileInfo, export: &Export) {
     if closes_at_once(info) {
         let _ = reactor::close(fd);
     } else {
-        close_in_pool(fd, export.lanes().control);
+        export.lanes().close_read(fd);
     }
-}
-
-fn close_in_pool(fd: OwnedFd, lane: Lane) {
-    lane.submit(lane.ticket(), Job::CloseRead(fd));
 }

@@ -180,8 +180,13 @@ pub enum Attempt {
     Busy(String),
 }
 
-/// Claims all of these, or none.
-pub fn try_claim(directory: &StateDirectory, claims: &[Claim]) -> anyhow::Result<Attempt> {
+/// Claims all of these, or none. What this server has claimed already, with `own`, is no obstacle.
+pub fn try_claim(
+    directory: &StateDirectory,
+    claims: &[Claim],
+    own: &[Arc<OwnedFd>],
+) -> anyhow::Result<Attempt> {
+    let own = own.iter().map(rustix::fs::fstat).collect::<Result<Vec<_>, _>>()?;
     let lock = "lock";
     let cannot = || format!("Cannot lock {}", directory.path(lock).display());
     let gate = directory.open_file(lock, OFlags::RDWR | OFlags::CREATE).with_context(cannot)?;
@@ -197,6 +202,10 @@ pub fn try_claim(directory: &StateDirectory, claims: &[Claim]) -> anyhow::Result
         if try_flock(&file).with_context(cannot)? {
             // Its server, and all that it had begun, has ended.
             directory.remove(&name)?;
+            continue;
+        }
+        let stat = rustix::fs::fstat(&file).with_context(cannot)?;
+        if own.iter().any(|own| (own.st_dev, own.st_ino) == (stat.st_dev, stat.st_ino)) {
             continue;
         }
         let theirs = read_text(file).and_then(|text| parse(&text)).with_context(|| {
@@ -336,15 +345,15 @@ mod tests {
             claim(&files.path().join("a/b")),
             claim(&files.path().join("c")),
         );
-        let Attempt::Locked(of_a) = try_claim(&state, &[a]).unwrap() else { panic!("nobody has it") };
-        let Attempt::Busy(why) = try_claim(&state, std::slice::from_ref(&b)).unwrap() else {
+        let Attempt::Locked(of_a) = try_claim(&state, &[a], &[]).unwrap() else { panic!("nobody has it") };
+        let Attempt::Busy(why) = try_claim(&state, std::slice::from_ref(&b), &[]).unwrap() else {
             panic!("it has two owners")
         };
         let pid = format!("process {}", std::process::id());
         assert!(why.contains(&pid) && why.contains("name%20of%20it"), "{why}");
-        let Attempt::Locked(_of_c) = try_claim(&state, &[c]).unwrap() else { panic!("nobody has it") };
+        let Attempt::Locked(_of_c) = try_claim(&state, &[c], &[]).unwrap() else { panic!("nobody has it") };
         drop(of_a);
-        let Attempt::Locked(_) = try_claim(&state, &[b]).unwrap() else { panic!("nobody has it") };
+        let Attempt::Locked(_) = try_claim(&state, &[b], &[]).unwrap() else { panic!("nobody has it") };
         // Those of servers that have gone do not stay.
         assert_eq!(state.names(PREFIX).unwrap().len(), 2);
     }
@@ -356,9 +365,9 @@ mod tests {
         state.replace("server.1.0", "nonsense").unwrap();
         let file = state.open_file("server.1.0", OFlags::RDWR).unwrap();
         assert!(try_flock(&file).unwrap());
-        let error = format!("{:#}", try_claim(&state, &[]).unwrap_err());
+        let error = format!("{:#}", try_claim(&state, &[], &[]).unwrap_err());
         assert!(error.contains("server.1.0"), "{error}");
         drop(file);
-        assert!(matches!(try_claim(&state, &[]), Ok(Attempt::Locked(_))));
+        assert!(matches!(try_claim(&state, &[], &[]), Ok(Attempt::Locked(_))));
     }
 }

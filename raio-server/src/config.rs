@@ -3,7 +3,7 @@
 //! Both have the same names. Command-line options override the file. Every error message names the
 //! option, or the file with line and column, and the right form.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -13,10 +13,11 @@ use clap::{Parser, ValueEnum};
 use raio_transport::address::{Address, Endpoint, Scheme};
 use raio_transport::rdma;
 use serde::Deserialize;
+use tracing::level_filters::LevelFilter;
 
 use crate::export_spec::{self, ExportSpec};
 use crate::limits::{Caps, session_bytes};
-use crate::machine::memory_limit;
+use crate::machine::{MemoryLimit, memory_limit};
 use crate::size::Size;
 use crate::tuning::options::{
     ARENAS_BYTES_DEFAULT, HEAP_BYTES_DEFAULT, HEAP_BYTES_DEFAULT_PER_WORKER, IO_BYTES_DEFAULT, IO_BYTES_MAX,
@@ -33,7 +34,7 @@ pub const HANDED_OVER_MAX: usize = 252;
 const QUEUE_DEPTH_MAX: u32 = 65_534;
 
 /// Serves directories, files and block devices to raio clients.
-#[derive(Debug, Default, Parser, Deserialize)]
+#[derive(Clone, Debug, Default, Parser, Deserialize)]
 #[command(name = "raio_server", version, after_help = "See raio_server(8) for more.")]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Options {
@@ -47,6 +48,10 @@ pub struct Options {
     #[arg(long, value_name = "NAME=PATH[,ro|,rw][,direct]")]
     #[serde(deserialize_with = "export_spec::from_file")]
     export: Vec<ExportSpec>,
+    /// Let exports be added beneath this directory while the server runs: its sandbox allows all of it from
+    /// the start; repeatable
+    #[arg(long, value_name = "DIRECTORY")]
+    exports_beneath: Vec<PathBuf>,
     /// Threads that serve connections [default: one for each core]
     #[arg(long, value_name = "NUMBER", value_parser = number::<usize>)]
     workers: Option<usize>,
@@ -136,7 +141,8 @@ pub struct Options {
     /// Give up what a server does not need: other files, system calls, capabilities [default: on]
     #[arg(long, value_enum)]
     sandbox: Option<SandboxMode>,
-    /// Read options from this TOML file; they have the names of these, without the dashes in front
+    /// Read options from this TOML file; they have the names of these, without the dashes in front. It is read
+    /// again at SIGHUP
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     config: Option<PathBuf>,
@@ -151,7 +157,26 @@ pub struct Options {
 
 /// Where the configuration file has each of its top-level keys: `FILE:LINE:COLUMN: KEY`.
 #[derive(Clone, Debug, Default)]
-struct Places(HashMap<String, String>);
+pub(crate) struct Places(HashMap<String, String>);
+
+/// What a configuration was made of.
+#[derive(Clone, Debug)]
+pub(crate) struct Made {
+    /// The command line.
+    options: Options,
+    /// How many cores the process may use.
+    cores: usize,
+    /// The memory that there is.
+    available: MemoryLimit,
+    /// `--listen`, or what is in its place.
+    urls: Vec<String>,
+    /// `--memory`.
+    memory: Option<Size>,
+    /// Where the file has its keys.
+    places: Places,
+    /// What the file says where the command line says otherwise, by the key.
+    overridden: BTreeMap<String, String>,
+}
 
 impl Places {
     /// Finds them in the text of a file that has been parsed before.
@@ -222,6 +247,19 @@ pub enum LogLevel {
     Trace,
 }
 
+impl LogLevel {
+    /// For the log.
+    pub fn filter(self) -> LevelFilter {
+        match self {
+            Self::Error => LevelFilter::ERROR,
+            Self::Warn => LevelFilter::WARN,
+            Self::Info => LevelFilter::INFO,
+            Self::Debug => LevelFilter::DEBUG,
+            Self::Trace => LevelFilter::TRACE,
+        }
+    }
+}
+
 /// Where the audit log goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AuditTarget {
@@ -255,6 +293,8 @@ pub struct Config {
     pub listen: Vec<(Scheme, Endpoint)>,
     /// What to export.
     pub exports: Vec<ExportSpec>,
+    /// Where exports may be added while the server runs.
+    pub exports_beneath: Vec<PathBuf>,
     /// How many worker threads.
     pub workers: usize,
     /// Requests outstanding on a connection, at most.
@@ -305,9 +345,60 @@ pub struct Config {
     pub user: Option<String>,
     /// The server confines itself.
     pub is_sandboxed: bool,
+    /// What it was made of, for [`Config::read_again`].
+    pub(crate) made: Box<Made>,
 }
 
 impl Config {
+    /// The configuration file, if there is one.
+    pub fn path(&self) -> Option<&Path> {
+        self.made.options.config.as_deref()
+    }
+
+    /// The name of an option, for an error: as on the command line, or in the file with the place there.
+    pub fn name(&self, option: &str) -> String {
+        self.made.places.name(option)
+    }
+
+    /// Reads the file again, and checks it like the one that the server runs with. The error is one if the
+    /// file changes what does not change while a server runs.
+    pub fn read_again(&self) -> anyhow::Result<Self> {
+        let new = self.made.options.clone().check_after(self.made.cores, Some(self))?;
+        macro_rules! must_stay {
+            ($($same:expr => $key:literal),* $(,)?) => {
+                $(ensure!($same, "{}", only_at_the_start(&new.name($key)));)*
+            };
+        }
+        must_stay!(
+            self.workers == new.workers => "workers",
+            self.made.memory == new.made.memory => "memory",
+            self.queue_depth == new.queue_depth => "queue-depth",
+            self.io_bytes_max == new.io_bytes_max => "io-max",
+            self.backend == new.backend => "backend",
+            self.trace == new.trace => "trace",
+            self.state == new.state => "state",
+            self.hand_over == new.hand_over => "hand-over",
+            self.keys == new.keys => "keys",
+            self.has_kernel_tls == new.has_kernel_tls => "ktls",
+            self.made.options.clear == new.made.options.clear => "clear",
+            self.is_open_to_others == new.is_open_to_others => "clear",
+            self.audit == new.audit => "audit",
+            self.audit_full == new.audit_full => "audit-full",
+            self.is_strict == new.is_strict => "strict",
+            self.user == new.user => "user",
+            self.is_sandboxed == new.is_sandboxed => "sandbox",
+            self.exports_beneath == new.exports_beneath => "exports-beneath",
+        );
+        Ok(new)
+    }
+
+    /// Keys of the file that another one has changed, and that the command line overrides.
+    pub fn changed_in_vain<'a>(&'a self, new: &'a Self) -> impl Iterator<Item = &'a str> {
+        let (old, new) = (&self.made.overridden, &new.made.overridden);
+        let keys: BTreeSet<_> = old.keys().chain(new.keys()).collect();
+        keys.into_iter().filter(|&key| old.get(key) != new.get(key)).map(String::as_str)
+    }
+
     /// What each worker has of an amount of memory that all have together; all there is if none is given.
     pub fn each_workers(&self, bytes: Option<Size>) -> usize {
         bytes.map_or(usize::MAX, |Size(bytes)| (bytes / self.workers as u64) as usize)
@@ -359,9 +450,11 @@ impl Memory {
 }
 
 impl Options {
-    /// Reads the configuration file if one is named, and fills in what the command line left out.
-    fn merged(mut self) -> anyhow::Result<Self> {
-        let Some(path) = self.config.take() else { return Ok(self) };
+    /// Reads the configuration file if one is named, and fills in what the command line left out. Returns
+    /// also what the file says in vain.
+    fn merged(self) -> anyhow::Result<(Self, BTreeMap<String, String>)> {
+        let mut overridden = BTreeMap::new();
+        let Some(path) = self.config.clone() else { return Ok((self, overridden)) };
         let text = std::fs::read_to_string(&path)
             .with_context(|| format!("Cannot read the file that --config names, {}", path.display()))?;
         let mut file: Self = toml::from_str(&text).map_err(|error| {
@@ -379,14 +472,18 @@ impl Options {
         macro_rules! override_with {
             ($($option:ident unless $is_absent:ident),*) => {
                 $(if !self.$option.$is_absent() {
+                    let key = stringify!($option).replace('_', "-");
+                    if places.0.remove(&key).is_some() {
+                        overridden.insert(key, format!("{:?}", file.$option));
+                    }
                     file.$option = self.$option;
-                    places.0.remove(&stringify!($option).replace('_', "-"));
                 })*
             };
         }
         override_with!(
             listen unless is_empty,
             export unless is_empty,
+            exports_beneath unless is_empty,
             workers unless is_none,
             queue_depth unless is_none,
             max_sessions unless is_none,
@@ -411,7 +508,7 @@ impl Options {
         file.strict |= self.strict;
         file.clear |= self.clear;
         file.ktls |= self.ktls;
-        Ok(Self { places, passed: self.passed, ..file })
+        Ok((Self { places, passed: self.passed, ..file }, overridden))
     }
 
     /// The same, and where the sockets listen that the service manager passes: those are listened on if no
@@ -423,7 +520,14 @@ impl Options {
     /// Merges, fills in the defaults and checks everything that can be checked without opening anything.
     /// `cores` is how many the process may use.
     pub fn check(self, cores: usize) -> anyhow::Result<Config> {
-        let options = self.merged()?;
+        self.check_after(cores, None)
+    }
+
+    /// The same for a server that runs with a configuration: what that was made of is not looked up again,
+    /// for in its sandbox the server cannot do that.
+    fn check_after(self, cores: usize, running: Option<&Config>) -> anyhow::Result<Config> {
+        let command_line = self.clone();
+        let (options, overridden) = self.merged()?;
         let name = |option| options.places.name(option);
         let mut urls = options.listen.clone();
         let mut listen = Vec::new();
@@ -433,7 +537,11 @@ impl Options {
         if urls.is_empty() && listen.is_empty() {
             urls.push(LISTEN_DEFAULT.to_owned());
         }
-        for url in &urls {
+        if let Some(running) = running {
+            ensure!(urls == running.made.urls, "{}", only_at_the_start(&name("listen")));
+            listen.clone_from(&running.listen);
+        }
+        for url in urls.iter().filter(|_| running.is_none()) {
             listen.extend(listen_addresses(url).map_err(|why| anyhow!("{} {url}: {why}", name("listen")))?);
         }
         if listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma)
@@ -537,7 +645,7 @@ impl Options {
         // A worker must be able to hold two requests, for one alone could be held up by a peer that does not
         // take its answer.
         let arenas_min = workers as u64 * 2 * io_bytes;
-        let available = memory_limit();
+        let available = running.map_or_else(memory_limit, |running| running.made.available);
         let split = Memory::split(
             options.memory.map(|size| size.0),
             options.max_sessions,
@@ -597,9 +705,27 @@ impl Options {
             "{} is {linger}. Give a number of seconds from 0 to {LINGER_MAX}.",
             name("linger")
         );
+        for directory in &options.exports_beneath {
+            ensure!(
+                directory.is_absolute(),
+                "{}: {} is not a path from / on. Write it whole.",
+                name("exports-beneath"),
+                directory.display()
+            );
+        }
+        let made = Made {
+            options: command_line,
+            cores,
+            available,
+            urls,
+            memory: options.memory,
+            places: options.places,
+            overridden,
+        };
         Ok(Config {
             listen,
             exports: options.export,
+            exports_beneath: options.exports_beneath,
             workers,
             queue_depth,
             sessions_max: options.max_sessions,
@@ -625,6 +751,7 @@ impl Options {
             is_strict: options.strict,
             user: options.user,
             is_sandboxed: options.sandbox != Some(SandboxMode::Off),
+            made: Box::new(made),
         })
     }
 }
@@ -632,6 +759,14 @@ impl Options {
 /// An endpoint of a stream socket, with what a URL for it says.
 fn of_stream(endpoint: Endpoint) -> (Scheme, Endpoint) {
     (if endpoint.ip().is_some() { Scheme::Tcp } else { Scheme::Unix }, endpoint)
+}
+
+/// Why a change of this key is rejected.
+fn only_at_the_start(key: &str) -> String {
+    format!(
+        "{key} can only be changed by a restart: start the server anew, or its successor (--hand-over); \
+         sessions go on. Or leave it as it was"
+    )
 }
 
 /// Whether servers that listen there can hand over at this path.
@@ -944,5 +1079,106 @@ mod tests {
         let least = Memory::least(Some(1024), 2, 4 * MIB);
         assert!(Memory::split(Some(least), Some(1024), 2, 4 * MIB, 0).arenas >= 4 * MIB);
         assert!(Memory::split(Some(least - 8), Some(1024), 2, 4 * MIB, 0).arenas < 4 * MIB);
+    }
+
+    /// All keys of the last release: see tests/compat/baseline.
+    const KEYS_OF_THE_LAST_RELEASE: &str = "
+        listen = ['tcp://127.0.0.1:0']
+        workers = 2
+        queue-depth = 64
+        max-sessions = 100
+        limits-per-session = { connections = 8, files = 100, requests = 200, memory = '64M' }
+        limits-per-address = { connections = 80, files = 1000, requests = 2000, memory = '128M' }
+        io-max = '1M'
+        spin-us = 20
+        memory = '512M'
+        stall-timeout = 5
+        linger = 60
+        backend = 'threads'
+        log = 'warn'
+        trace = '/trace'
+        state = '/state'
+        strict = true
+        [export.d]
+        path = '/srv'
+        access = 'rw'
+        direct = true
+        mountpoint = true
+        devices = true
+        max-file-size = '1G'
+        cross-mounts = true
+        [export.f]
+        path = '/srv/f'
+        access = 'ro'
+        grow = true
+        [export.m]
+        memory = '1M'
+        [export.n]
+        null = '1G'
+    ";
+
+    /// A configuration of this text, and what becomes of it when the file has another one.
+    fn read_again(arguments: &[&str], before: &str, after: &str) -> (Config, anyhow::Result<Config>) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("raio.toml");
+        std::fs::write(&path, before).unwrap();
+        let arguments = [&["--config", path.to_str().unwrap()], arguments].concat();
+        let config = options(&arguments).check(2).unwrap();
+        std::fs::write(&path, after).unwrap();
+        let again = config.read_again();
+        (config, again)
+    }
+
+    #[test]
+    fn a_file_of_the_last_release_is_accepted() {
+        let (_, again) = read_again(&[], KEYS_OF_THE_LAST_RELEASE, KEYS_OF_THE_LAST_RELEASE);
+        assert_eq!(again.unwrap().exports.len(), 4);
+    }
+
+    #[test]
+    fn a_file_that_is_read_again_may_change_what_can_change_and_nothing_else() {
+        let base = "[export.n]\nnull = '1G'\n";
+        for line in
+            ["max-sessions = 9", "linger = 1", "stall-timeout = 1", "spin-us = 1", "log = 'debug'", ""]
+        {
+            let (_, again) = read_again(&[], base, &format!("{line}\n{base}"));
+            again.unwrap();
+        }
+        for line in [
+            "listen = ['tcp://127.0.0.1:0']",
+            "workers = 1",
+            "queue-depth = 1",
+            "io-max = '2M'",
+            "memory = '256M'",
+            "backend = 'threads'",
+            "trace = '/x'",
+            "state = '/x'",
+            "hand-over = '/x'",
+            "keys = '/x'",
+            "clear = true",
+            "audit = '/x'",
+            "audit-full = 'wait'",
+            "strict = true",
+            "user = 'nobody'",
+            "sandbox = 'off'",
+            "exports-beneath = ['/x']",
+        ] {
+            let (_, again) = read_again(&[], base, &format!("{line}\n{base}"));
+            let error = again.expect_err(line).to_string();
+            let key = line.split(' ').next().unwrap();
+            let expected = format!("raio.toml:1:1: {key} can only be changed by a restart");
+            assert!(error.contains(&expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_the_command_line_overrides_changes_in_vain() {
+        let base = "[export.n]\nnull = '1G'\n";
+        let arguments = ["--workers", "1", "--linger", "7"];
+        let (old, again) =
+            read_again(&arguments, base, &format!("workers = 2\nlinger = 3\nspin-us = 1\n{base}"));
+        let new = again.unwrap();
+        assert_eq!((new.workers, new.linger), (1, Duration::from_secs(7)));
+        assert_eq!(old.changed_in_vain(&new).collect::<Vec<_>>(), ["linger", "workers"]);
     }
 }

@@ -9,14 +9,15 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use anyhow::{Context, anyhow, bail, ensure};
 use raio_transport::protocol::{
     OPEN_CREATE, OPEN_DIRECT, OPEN_DSYNC, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_SYNC, OPEN_TRUNCATE,
     OPEN_WRITE,
 };
+use raio_transport::sync::lock;
 use raio_transport::{Status, random};
 use rustix::fs::{Access as Permission, AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
 
@@ -33,6 +34,8 @@ use crate::sandbox::Grant;
 use crate::session::{Access, OpenFile};
 use crate::subtree::{Owner, Subtree};
 use crate::syscalls::{FileInfo, openat2};
+use crate::tenure::Tenure;
+use crate::tuning::reload::PLACES_FREE;
 use crate::unfinished::ends_with_unfinished_put;
 use crate::verifier::{FileVerifier, Verifier};
 use crate::volume::{Memory, Null, Volume};
@@ -40,6 +43,10 @@ use crate::volume::{Memory, Null, Volume};
 /// An export, open. Shared by all workers.
 #[derive(Debug)]
 pub struct Export {
+    /// What the configuration says of it.
+    spec: ExportSpec,
+    /// Its place among all: see [`ExportTable`].
+    place: usize,
     name: String,
     source: Origin,
     is_writable: bool,
@@ -70,8 +77,8 @@ impl Origin {
 }
 
 impl Export {
-    /// Opens what the configuration names.
-    pub fn open(spec: &ExportSpec, lanes: Lanes) -> anyhow::Result<Self> {
+    /// Opens what the configuration names. It is to have this place among all.
+    pub fn open(spec: &ExportSpec, place: usize, lanes: Lanes) -> anyhow::Result<Self> {
         let source = match &spec.source {
             Source::Null(size) => Origin::of_volume(Null::new(*size), *size),
             Source::Memory(size) => {
@@ -86,6 +93,8 @@ impl Export {
                 .with_context(|| format!("Cannot export {} as {:?}", path.display(), spec.name))?,
         };
         Ok(Self {
+            spec: spec.clone(),
+            place,
             name: spec.name.clone(),
             source,
             // What nobody keeps anybody may write.
@@ -103,6 +112,8 @@ impl Export {
     #[cfg(test)]
     pub fn of_volume(name: &str, volume: impl Volume + 'static, size: u64, lanes: Lanes) -> Self {
         Self {
+            spec: format!("{name}=mem:{size},rw").parse().unwrap(),
+            place: 0,
             name: name.to_owned(),
             source: Origin::of_volume(volume, size),
             is_writable: true,
@@ -119,6 +130,12 @@ impl Export {
     #[cfg(test)]
     pub fn known_as(self, instance: FileIdentity, verifier: Arc<Verifier>) -> Self {
         Self { instance, verifier, ..self }
+    }
+
+    /// The same, in this place.
+    #[cfg(test)]
+    pub fn at_place(self, place: usize) -> Self {
+        Self { place, ..self }
     }
 
     fn open_path(path: &Path, spec: &ExportSpec) -> anyhow::Result<Root> {
@@ -178,6 +195,66 @@ impl Export {
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Its place among all.
+    pub fn place(&self) -> usize {
+        self.place
+    }
+
+    /// What the configuration says of it.
+    pub fn spec(&self) -> &ExportSpec {
+        &self.spec
+    }
+
+    /// As long as what is open of it may stay open.
+    pub fn tenure(&self) -> &Arc<Tenure> {
+        &self.lanes.tenure
+    }
+
+    /// The export that takes its place. What is open of it stays open unless it `ends`: it is the same, and
+    /// differs in what later opens may do.
+    pub fn succeeded_by(&self, spec: &ExportSpec, ends: bool) -> anyhow::Result<Self> {
+        let lanes = if ends { self.lanes.with_new_tenure() } else { self.lanes.clone() };
+        if ends || matches!(self.source, Origin::Files(_)) {
+            let new = Self::open(spec, self.place, lanes)?;
+            let told = AtomicU8::new(self.told.load(Ordering::Relaxed));
+            return Ok(match ends {
+                true => new,
+                false => Self { verifier: Arc::clone(&self.verifier), number: self.number, told, ..new },
+            });
+        }
+        // What memory holds stays there.
+        let Origin::Volume(volume, info) = &self.source else { unreachable!("it is of no files") };
+        Ok(Self {
+            spec: spec.clone(),
+            place: self.place,
+            name: self.name.clone(),
+            source: Origin::Volume(Arc::clone(volume), *info),
+            is_writable: spec.is_writable || matches!(spec.source, Source::Null(_)),
+            is_direct: spec.is_direct,
+            number: self.number,
+            lanes,
+            instance: self.instance,
+            verifier: Arc::clone(&self.verifier),
+            told: AtomicU8::new(0),
+        })
+    }
+
+    /// Why something that was begun is not done: the export has become another meanwhile.
+    pub fn is_over(&self) -> Rejection {
+        let text = format!(
+            "The server's operator has changed or removed export {}. Try again if it is still to be done.",
+            self.name
+        );
+        Rejection { status: Status::storage(libc::ESTALE), text }
+    }
+
+    /// The sandbox confines the server, and allows this export.
+    pub fn confine(&self) {
+        if let Origin::Files(root) = &self.source {
+            root.confine();
+        }
     }
 
     /// Its shares of the pool.
@@ -258,8 +335,8 @@ pub struct Confinement {
 /// up.
 #[derive(Clone, Debug)]
 pub struct Location {
-    /// The place of the export among all.
-    pub export: usize,
+    /// The export.
+    pub export: Arc<Export>,
     /// Relative to the export's directory; empty for that itself. Of an export that is no directory, its
     /// path.
     pub path: CString,
@@ -285,8 +362,8 @@ pub struct Located {
 pub enum Found<'a> {
     /// It is in a file system.
     Location(Located),
-    /// An export that is a volume: its place among all, the volume, and its status.
-    Volume(usize, &'a Arc<dyn Volume>, FileInfo),
+    /// An export that is a volume, the volume, and its status.
+    Volume(&'a Arc<Export>, &'a Arc<dyn Volume>, FileInfo),
 }
 
 /// What a client's open comes to.
@@ -301,31 +378,36 @@ pub enum Target {
         /// The permissions of a file that is created.
         mode: Mode,
     },
-    /// Open already, with its status.
-    Ready(Box<OpenFile>, FileInfo),
+    /// Open already, with its export and its status.
+    Ready(Arc<Export>, Box<OpenFile>, FileInfo),
 }
 
-/// All exports.
+/// All exports that are served at a time.
 #[derive(Debug)]
-pub struct Exports(Vec<Export>);
+pub struct Exports(Vec<Arc<Export>>);
 
 impl Exports {
     /// Opens all of them, each with lanes of its own.
     pub fn open(specs: &[ExportSpec], pool: &'static Pool<Job>) -> anyhow::Result<Self> {
-        let open = |spec| Export::open(spec, Lanes::new(pool));
-        specs.iter().map(open).collect::<anyhow::Result<_>>().map(Self)
+        let open = |(place, spec)| Export::open(spec, place, Lanes::new(pool)).map(Arc::new);
+        specs.iter().enumerate().map(open).collect::<anyhow::Result<_>>().map(Self)
     }
 
     /// These.
-    #[cfg(test)]
-    pub fn of(exports: Vec<Export>) -> Self {
+    pub fn of(exports: Vec<Arc<Export>>) -> Self {
         Self(exports)
     }
 
+    /// The one with this name.
+    pub fn named(&self, name: &str) -> Option<&Arc<Export>> {
+        self.0.iter().find(|export| export.name == name)
+    }
+
     /// The files that the sandbox must allow to open.
-    pub fn grants(&mut self) -> anyhow::Result<Vec<Grant>> {
+    pub fn grants(&self) -> anyhow::Result<Vec<Grant>> {
         let mut grants = Vec::new();
-        for Export { name, source, is_writable, .. } in &mut self.0 {
+        for export in &self.0 {
+            let Export { name, source, is_writable, .. } = &**export;
             let Origin::Files(root) = source else { continue };
             let granted = root.grants(name, *is_writable);
             grants.extend(granted.with_context(|| format!("Cannot open export {name} for the sandbox"))?);
@@ -334,9 +416,11 @@ impl Exports {
     }
 
     /// A directory of an export, or the export itself, for listing.
-    pub fn open_directory(&self, export: usize, directory: &str) -> anyhow::Result<OwnedFd> {
-        let Export { name, .. } = &self.0[export];
-        let root = self.0[export].root().context("it is no directory")?;
+    pub fn open_directory(&self, place: usize, directory: &str) -> anyhow::Result<OwnedFd> {
+        let export = self.0.iter().find(|export| export.place == place);
+        let export = export.context("its export was removed")?;
+        let name = &export.name;
+        let root = export.root().context("it is no directory")?;
         let root_directory = root.enter(name).map_err(|Rejection { text, .. }| anyhow!(text))?;
         let root_directory = root_directory.context("it is no directory")?;
         let directory = if directory.is_empty() { "." } else { directory };
@@ -347,24 +431,20 @@ impl Exports {
     }
 
     /// From now on nothing else can be opened.
-    pub fn confine(&mut self) {
-        for export in &mut self.0 {
-            if let Origin::Files(root) = &mut export.source {
-                root.confine();
-            }
-        }
+    pub fn confine(&self) {
+        self.0.iter().for_each(|export| export.confine());
     }
 
     /// All of them, in order.
-    pub fn all(&self) -> &[Export] {
+    pub fn all(&self) -> &[Arc<Export>] {
         &self.0
     }
 
-    /// The place of the export that a client knows by this name, and what it may use of it.
-    fn find<'a>(&self, rights: &'a Rights, name: &[u8]) -> Option<(usize, &'a [Subtree])> {
-        let at = self.0.iter().position(|export| export.name.as_bytes() == name)?;
-        let subtrees = rights.of_export(&self.0[at].name);
-        (!subtrees.is_empty()).then_some((at, subtrees))
+    /// The export that a client knows by this name, and what it may use of it.
+    fn find<'a>(&self, rights: &'a Rights, name: &[u8]) -> Option<(&Arc<Export>, &'a [Subtree])> {
+        let export = self.0.iter().find(|export| export.name.as_bytes() == name)?;
+        let subtrees = rights.of_export(&export.name);
+        (!subtrees.is_empty()).then_some((export, subtrees))
     }
 
     /// Finds the export of a client's path, and what the client may do there. `what` is a verb for messages;
@@ -386,12 +466,11 @@ impl Exports {
         let start = rest.iter().position(|&b| b != b'/').unwrap_or(rest.len());
         let rest = &rest[start..];
         let (name, rest) = rest.split_at(rest.iter().position(|&b| b == b'/').unwrap_or(rest.len()));
-        let Some((index, subtrees)) = self.find(rights, name) else {
+        let Some((export, subtrees)) = self.find(rights, name) else {
             let text =
                 format!("There is no export {}. Ask the server's operator for the names.", EscapedPath(name));
             return reject(Status::storage(libc::ENOENT), text);
         };
-        let export = &self.0[index];
         let has_more = !rest.is_empty();
         let rest = &rest[rest.iter().position(|&b| b != b'/').unwrap_or(rest.len())..];
         // Whatever is there, nothing is looked up.
@@ -417,7 +496,7 @@ impl Exports {
         }
         let root = match &export.source {
             Origin::Files(root) => root,
-            Origin::Volume(volume, info) => return Ok(Found::Volume(index, volume, *info)),
+            Origin::Volume(volume, info) => return Ok(Found::Volume(export, volume, *info)),
         };
         let path = if !root.is_directory() {
             root.path().clone()
@@ -432,7 +511,7 @@ impl Exports {
         };
         let confined = |directory: &str| Confinement { directory: directory.to_owned(), rest: beneath };
         let confinement = subtree.directory().map(confined);
-        let at = Location { export: index, path, confinement, resolve: root.resolve() };
+        let at = Location { export: Arc::clone(export), path, confinement, resolve: root.resolve() };
         let (owner, bytes_max) = (subtree.owner(), subtree.bytes_max().filter(|_| changes));
         Ok(Found::Location(Located { at, owner, bytes_max }))
     }
@@ -448,19 +527,19 @@ impl Exports {
             Found::Volume(..) if creates && flags & OPEN_EXCLUSIVE != 0 => {
                 reject(Status::storage(libc::EEXIST), format!("{shown} exists already."))
             }
-            Found::Volume(index, volume, info) => {
-                let export = &self.0[index];
+            Found::Volume(export, volume, info) => {
                 let verifier = FileVerifier::new(Arc::clone(&export.verifier), 0);
                 let (volume, access) = (Arc::clone(volume), Access::from_flags(flags));
-                let file = OpenFile::new(volume, access, index, export.instance, verifier);
-                Ok(Target::Ready(Box::new(file), info))
+                let file = OpenFile::new(volume, access, export.place, export.instance, verifier);
+                let file = file.in_tenure(export.tenure());
+                Ok(Target::Ready(Arc::clone(export), Box::new(file), info))
             }
             Found::Location(Located { at, .. }) if at.path.is_empty() => reject(
                 Status::storage(libc::EISDIR),
                 format!("{shown} is a directory: open a file beneath it."),
             ),
             Found::Location(at) => Ok(Target::Path {
-                flags: kernel_flags(flags, self.0[at.at.export].is_direct),
+                flags: kernel_flags(flags, at.at.export.is_direct),
                 mode: Mode::from_raw_mode(if creates { mode } else { 0 }),
                 at,
             }),
@@ -469,7 +548,69 @@ impl Exports {
 
     /// The exports that a client may use, as a directory of them lists them.
     pub fn visible<'a>(&'a self, rights: &'a Rights) -> impl Iterator<Item = &'a Export> {
-        self.0.iter().filter(|export| !rights.of_export(&export.name).is_empty())
+        self.0.iter().map(|export| &**export).filter(|export| !rights.of_export(&export.name).is_empty())
+    }
+}
+
+/// All exports, whose configuration may change. An export has a place, which counters, rates and files know
+/// it by: it is that of its name, for good. What is open refers to the export itself.
+#[derive(Debug)]
+pub struct ExportTable {
+    current: RwLock<Arc<Exports>>,
+    are_several: AtomicBool,
+    /// By the place: the names that exports have or had, and their lanes.
+    places: Mutex<Vec<(String, Lanes)>>,
+    places_max: usize,
+}
+
+impl ExportTable {
+    /// Of a server that begins with these.
+    pub fn new(exports: Exports) -> Self {
+        let places: Vec<_> = exports.0.iter().map(|one| (one.name.clone(), one.lanes.clone())).collect();
+        Self {
+            are_several: AtomicBool::new(exports.0.len() > 1),
+            places_max: places.len() + PLACES_FREE,
+            places: Mutex::new(places),
+            current: RwLock::new(Arc::new(exports)),
+        }
+    }
+
+    /// Those that are served now. What is opened by them may be of an export that has changed meanwhile:
+    /// whoever enters it checks [`Export::tenure`]. The lock is held for a few instructions.
+    pub fn current(&self) -> Arc<Exports> {
+        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// From now on these are served.
+    pub fn replace(&self, exports: Exports) {
+        self.are_several.store(exports.0.len() > 1, Ordering::Relaxed);
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(exports);
+    }
+
+    /// Whether there is more than one.
+    pub fn are_several(&self) -> bool {
+        self.are_several.load(Ordering::Relaxed)
+    }
+
+    /// How many places there may be.
+    pub fn places_max(&self) -> usize {
+        self.places_max
+    }
+
+    /// The place of a name, and the lanes of the export there. A new name gets one.
+    pub fn place(&self, name: &str, pool: &'static Pool<Job>) -> anyhow::Result<(usize, Lanes)> {
+        let mut places = lock(&self.places);
+        if let Some(place) = places.iter().position(|(known, _)| known == name) {
+            return Ok((place, places[place].1.with_new_tenure()));
+        }
+        ensure!(
+            places.len() < self.places_max,
+            "export {name:?}: there have been {} exports with other names since the server started, as many \
+             as there may be. Start the server anew",
+            places.len()
+        );
+        places.push((name.to_owned(), Lanes::new(pool)));
+        Ok((places.len() - 1, places[places.len() - 1].1.clone()))
     }
 }
 
@@ -534,7 +675,7 @@ mod tests {
         let path_of =
             |flags, path: &str| match exports.resolve(&Rights::All, flags, 0o600, path.as_bytes()).unwrap() {
                 Target::Path { at: Located { at, .. }, flags, mode } if at.confinement.is_none() => {
-                    (at.export, at.path.into_string().unwrap(), (at.resolve.bits(), flags.bits(), mode))
+                    (at.export.place, at.path.into_string().unwrap(), (at.resolve.bits(), flags.bits(), mode))
                 }
                 target => panic!("{target:?}"),
             };
@@ -598,7 +739,7 @@ mod tests {
     fn what_cannot_be_exported_is_refused_with_a_reason() {
         let lanes = Lanes::new(Pool::start().unwrap());
         for (text, needle) in [("a=/no/such", "No such file"), ("a=/dev/null", "neither a directory")] {
-            let error = format!("{:#}", Export::open(&spec(text), lanes.clone()).unwrap_err());
+            let error = format!("{:#}", Export::open(&spec(text), 0, lanes.clone()).unwrap_err());
             assert!(error.contains(needle), "{error}");
         }
     }

@@ -183,6 +183,11 @@ impl<F> Handles<F> {
     }
 
     /// All files.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut F> {
+        self.near.iter_mut().chain(self.far.values_mut()).filter_map(|entry| entry.file.as_mut())
+    }
+
+    /// All files.
     pub fn into_files(self) -> impl Iterator<Item = F> {
         self.near.into_iter().chain(self.far.into_values()).filter_map(|entry| entry.file)
     }

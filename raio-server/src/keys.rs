@@ -258,11 +258,15 @@ pub struct Keys {
     /// Replaced whole.
     clients: Mutex<Arc<Clients>>,
     names: Names,
-    server: Option<Abilities>,
+    server: Mutex<Option<Arc<Abilities>>>,
 }
 
-/// What a server can do, by which the file is checked.
+/// A new `clients.toml`, checked.
 #[derive(Debug)]
+pub struct NewClients(Arc<Clients>, Option<Arc<Abilities>>);
+
+/// What a server can do, by which the file is checked.
+#[derive(Clone, Debug)]
 pub struct Abilities {
     /// Its exports, and which of them are directories.
     pub exports: HashMap<String, bool>,
@@ -301,14 +305,18 @@ impl Keys {
         }
         let names = Names::default();
         let clients = Mutex::new(Arc::new(Clients::read(&clients, &names)?));
-        Ok(Self { directory: directory.to_owned(), host: host?, clients, names, server: None })
+        Ok(Self { directory: directory.to_owned(), host: host?, clients, names, server: Mutex::default() })
     }
 
     /// Checks the file by what the server can do, now and each time that it is read again.
-    pub fn check_by(&mut self, server: Abilities) -> anyhow::Result<()> {
+    pub fn check_by(&self, server: Abilities) -> anyhow::Result<()> {
         self.clients().check(&server)?;
-        self.server = Some(server);
+        *lock(&self.server) = Some(Arc::new(server));
         Ok(())
+    }
+
+    fn server(&self) -> Option<Arc<Abilities>> {
+        lock(&self.server).clone()
     }
 
     /// The users and the groups to whom clients' files are to be given.
@@ -346,7 +354,7 @@ impl Keys {
 
     /// Whether requests are counted: that is decided at the start.
     pub fn counts_requests(&self) -> bool {
-        self.server.as_ref().is_some_and(|server| server.counts_requests)
+        self.server().is_some_and(|server| server.counts_requests)
     }
 
     fn clients(&self) -> Arc<Clients> {
@@ -378,12 +386,27 @@ impl Keys {
         self.clients().all().find(|one| one.name == client)?.rates_on(export)
     }
 
-    /// Reads `clients.toml` again. Returns who may do less than before; after an error all is as it was.
-    pub fn reread(&self) -> anyhow::Result<Revocation> {
+    /// Reads `clients.toml` again, for a server that is going to have these exports, by their names, and is
+    /// to know which are directories.
+    pub fn read_again(&self, exports: HashMap<String, bool>) -> anyhow::Result<NewClients> {
         let new = Arc::new(Clients::read(&self.directory.join(CLIENTS), &self.names)?);
-        self.server.as_ref().map_or(Ok(()), |server| new.check(server))?;
+        let server = self.server().map(|server| Abilities { exports, ..Abilities::clone(&server) });
+        server.as_ref().map_or(Ok(()), |server| new.check(server))?;
+        Ok(NewClients(new, server.map(Arc::new)))
+    }
+
+    /// Both at once, for a server whose exports stay.
+    #[cfg(test)]
+    fn reread(&self) -> anyhow::Result<Revocation> {
+        let exports = self.server().map(|server| server.exports.clone()).unwrap_or_default();
+        Ok(self.replace(self.read_again(exports)?))
+    }
+
+    /// From now on these may connect. Returns who may do less than before.
+    pub fn replace(&self, NewClients(new, server): NewClients) -> Revocation {
+        *lock(&self.server) = server;
         let old = std::mem::replace(&mut *lock(&self.clients), Arc::clone(&new));
-        Ok(Revocation { old, new, now: Timestamp::now() })
+        Revocation { old, new, now: Timestamp::now() }
     }
 
     /// Whose keys have expired. None: nobody's.
@@ -402,8 +425,8 @@ impl Keys {
 
     /// The exports that clients may open by the file, and that the server does not have.
     pub fn unknown_exports(&self) -> Vec<String> {
-        let is_known =
-            |name: &str| self.server.as_ref().is_some_and(|server| server.exports.contains_key(name));
+        let server = self.server();
+        let is_known = |name: &str| server.as_ref().is_some_and(|server| server.exports.contains_key(name));
         let clients = self.clients();
         let named = clients.all().flat_map(|client| client.exports.keys());
         let mut unknown: Vec<_> = named.filter(|name| !is_known(name)).cloned().collect();
@@ -1029,7 +1052,7 @@ mod tests {
     fn an_owner_to_whom_the_server_cannot_give_files_is_an_error_with_a_remedy() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("keys");
-        let mut keys = Keys::open(&path, true).unwrap();
+        let keys = Keys::open(&path, true).unwrap();
         let write = |owner: &str| {
             let text = format!("[client.a]\nkeys = ['{}']\n{owner}\n", key());
             std::fs::write(path.join(CLIENTS), text).unwrap();
@@ -1105,7 +1128,7 @@ mod tests {
     fn only_directories_have_something_beneath_them() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("keys");
-        let mut keys = Keys::open(&path, true).unwrap();
+        let keys = Keys::open(&path, true).unwrap();
         let write = |export: &str| {
             let text = format!(
                 "[client.a]\nkeys = ['{}']\nexports.{export} = {{ access = 'ro', path = 'x' }}\n",

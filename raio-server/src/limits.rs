@@ -11,6 +11,7 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
+use anyhow::ensure;
 use serde::Deserialize;
 
 use crate::peer::Origin;
@@ -19,6 +20,7 @@ use crate::tuning::channels::PARKED_PART;
 use crate::tuning::limits::{
     CONNECTION_BYTES, FILE_BYTES, FILE_BYTES_PER_WORKER, QUEUE_PAIR_RESERVE_PART, RESERVE, SESSION_RESERVE,
 };
+use crate::tuning::main_thread::DESCRIPTORS_OWN;
 use raio_transport::sync::lock;
 
 fn file_bytes(workers: usize) -> usize {
@@ -30,12 +32,51 @@ pub fn session_bytes(workers: usize) -> usize {
     CONNECTION_BYTES + file_bytes(workers)
 }
 
+/// What a number of sessions take: a connection and a file for each, and what is not theirs.
+pub fn descriptors_for(sessions: usize) -> usize {
+    DESCRIPTORS_OWN + 2 * sessions
+}
+
+/// How many sessions there may be, and how many open files of theirs, when the process may have `limit` open
+/// files.
+pub fn session_limits(limit: usize, wanted: Option<usize>) -> anyhow::Result<(usize, usize)> {
+    let room = limit.saturating_sub(DESCRIPTORS_OWN);
+    let sessions = match wanted {
+        // Most programs have a connection for control, one for a context, and a file.
+        None => (limit / 4).max(1),
+        Some(sessions) => {
+            let remedy = format!(
+                "Raise the hard limit with `ulimit -Hn {}`, or LimitNOFILE= in the unit, or give a smaller \
+                 --max-sessions",
+                descriptors_for(sessions)
+            );
+            ensure!(
+                sessions <= room,
+                "--max-sessions is {sessions}, but this process may have only {limit} open files. {remedy}."
+            );
+            if descriptors_for(sessions) > limit {
+                tracing::warn!(
+                    "--max-sessions {sessions} is more than can each have a file open: this process may \
+                     have only {limit} open \
+                     files. {remedy}."
+                );
+            }
+            sessions
+        }
+    };
+    // At most half for files, and none of what the sessions' connections take: clients that open all they can
+    // do not keep others from connecting. But one for each session: it may be of an export that takes no
+    // descriptor.
+    let files = (limit / 2).min(room.saturating_sub(sessions)).max(sessions);
+    Ok((sessions, files))
+}
+
 /// How much there is for connections and open files.
 #[derive(Clone, Copy, Debug)]
 pub struct Room {
     /// Descriptors, those of [`RESERVE`] not counted.
     pub descriptors: usize,
-    /// How many of these files may take.
+    /// How many of these files may take, until [`Limits::set`].
     pub files: usize,
     /// Memory.
     pub bytes: usize,
@@ -275,12 +316,52 @@ impl Drop for Account {
 /// An address's account, for a connection from it. None: the address is not known.
 pub type AddressAccount = Option<Arc<Account>>;
 
+/// Caps that may change, but for that on memory, which workers have. A request takes no lock for them.
+#[derive(Debug)]
+struct ChangingCaps {
+    connections: AtomicUsize,
+    files: AtomicUsize,
+    requests: AtomicUsize,
+}
+
+impl ChangingCaps {
+    fn new(caps: Caps) -> Self {
+        let none = || AtomicUsize::new(usize::MAX);
+        let this = Self { connections: none(), files: none(), requests: none() };
+        this.set(caps);
+        this
+    }
+
+    fn set(&self, caps: Caps) {
+        let caps = [
+            (&self.connections, caps.connections),
+            (&self.files, caps.files),
+            (&self.requests, caps.requests),
+        ];
+        for (number, cap) in caps {
+            number.store(cap.unwrap_or(usize::MAX), Ordering::Relaxed);
+        }
+    }
+
+    fn get(&self) -> Caps {
+        let cap = |number| Some(get(number)).filter(|&cap| cap != usize::MAX);
+        Caps {
+            connections: cap(&self.connections),
+            files: cap(&self.files),
+            requests: cap(&self.requests),
+            memory: None,
+        }
+    }
+}
+
 /// What all clients have. Locked when a connection begins or ends.
 #[derive(Debug)]
 pub struct Limits {
-    session_caps: Caps,
-    address_caps: Caps,
+    session_caps: ChangingCaps,
+    address_caps: ChangingCaps,
     room: Room,
+    /// How many descriptors files may take.
+    files_max: AtomicUsize,
     connections: AtomicUsize,
     files: AtomicUsize,
     queue_pair_bytes: AtomicUsize,
@@ -332,14 +413,22 @@ impl Limits {
     /// Nothing is taken.
     pub fn new(room: Room, session_caps: Caps, address_caps: Caps) -> Arc<Self> {
         Arc::new(Self {
-            session_caps,
-            address_caps,
+            session_caps: ChangingCaps::new(session_caps),
+            address_caps: ChangingCaps::new(address_caps),
+            files_max: AtomicUsize::new(room.files),
             room,
             connections: AtomicUsize::new(0),
             files: AtomicUsize::new(0),
             queue_pair_bytes: AtomicUsize::new(0),
             accounts: Mutex::default(),
         })
+    }
+
+    /// From now on somebody may have this. Who has more keeps it.
+    pub fn set(&self, session_caps: Caps, address_caps: Caps, files_max: usize) {
+        self.session_caps.set(session_caps);
+        self.address_caps.set(address_caps);
+        self.files_max.store(files_max, Ordering::Relaxed);
     }
 
     /// Counts one more for somebody who may have no more than this.
@@ -357,7 +446,7 @@ impl Limits {
 
     /// Counts one more for a session and its client, or for neither.
     fn count_for_session(&self, session: &Account, counted: &Counted) -> Result<(), Excess> {
-        Self::count(Who::Session, session, &self.session_caps, counted)?;
+        Self::count(Who::Session, session, &self.session_caps.get(), counted)?;
         let Some((client, caps)) = session.client() else { return Ok(()) };
         Self::count(Who::Client, client, caps, counted)
             .inspect_err(|_| _ = (counted.number)(session).fetch_sub(1, Ordering::Relaxed))
@@ -380,7 +469,7 @@ impl Limits {
     ) -> Result<(), Excess> {
         self.count_for_session(session, counted)?;
         let Some(account) = address else { return Ok(()) };
-        Self::count(Who::Address, account, &self.address_caps, counted)
+        Self::count(Who::Address, account, &self.address_caps.get(), counted)
             .inspect_err(|_| Self::uncount_for_session(session, counted))
     }
 
@@ -451,7 +540,7 @@ impl Limits {
         if let (Some(own), Some(address)) = (&account, address) {
             // Nobody else takes permits of connections, so there is no race.
             let (used, usage) = (self.used(), own.usage());
-            Self::count(Who::Address, own, &self.address_caps, &CONNECTIONS)?;
+            Self::count(Who::Address, own, &self.address_caps.get(), &CONNECTIONS)?;
             // The session is not known yet. It may be one that has nothing.
             if let Some(what) = self.shortage(used, Usage::default(), Some(usage)) {
                 own.connections.fetch_sub(1, Ordering::Relaxed);
@@ -522,7 +611,7 @@ impl Limits {
         let (own, all) = (session.usage(), self.used());
         let of_address = address.as_ref().map(|account| account.usage());
         let files_of_address = of_address.map(|usage| usage.files);
-        let shortage = if may_take(all.files, self.room.files, 1, own.files, files_of_address) {
+        let shortage = if may_take(all.files, get(&self.files_max), 1, own.files, files_of_address) {
             self.shortage(all, own, of_address)
         } else {
             Some("limit with `ulimit -n`")
@@ -581,7 +670,7 @@ impl Limits {
 
     /// Whether requests must be counted: an option limits them.
     pub fn counts_requests(&self) -> bool {
-        self.session_caps.requests.is_some() || self.address_caps.requests.is_some()
+        self.session_caps.get().requests.is_some() || self.address_caps.get().requests.is_some()
     }
 
     /// A request of a session begins. If requests are counted, all count it until [`Limits::end_request`].
@@ -884,5 +973,20 @@ mod tests {
             let error = text.parse::<Caps>().unwrap_err();
             assert!(error.contains(needle) && error.ends_with('.'), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn the_limit_on_open_files_is_shared_out_among_connections_and_files() {
+        assert_eq!(session_limits(1 << 20, None).unwrap(), (1 << 18, 1 << 19));
+        assert_eq!(session_limits(1024, None).unwrap(), (256, 512));
+        // One file each, and not one descriptor more.
+        assert_eq!(session_limits(descriptors_for(32_768), Some(32_768)).unwrap(), (32_768, 32_768));
+        assert_eq!(session_limits(1 << 20, Some(5)).unwrap(), (5, 1 << 19));
+    }
+
+    #[test]
+    fn more_sessions_than_descriptors_are_rejected_with_the_number_that_it_takes() {
+        let error = session_limits(1024, Some(1000)).unwrap_err().to_string();
+        assert!(error.contains("--max-sessions is 1000") && error.contains("ulimit -Hn 2256"), "{error}");
     }
 }

@@ -13,8 +13,9 @@ use raio_transport::sync::lock;
 use rustix::fs::{AtFlags, FileType, RawDir, RawMode, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
-use crate::engine::{Job, Lane};
+use crate::engine::Lanes;
 use crate::syscalls::nanoseconds;
+use crate::tenure::Use;
 use crate::throttle::Flow;
 use crate::tuning::listings::BUFFER_BYTES;
 use crate::unfinished::{is_of_another_server, is_unfinished_put};
@@ -26,6 +27,8 @@ pub struct Listing {
     pub id: u64,
     /// The place of its export among all.
     pub export: usize,
+    /// Of the export.
+    pub lanes: Lanes,
     /// What its client has of the export, if that is limited.
     pub flow: Option<Arc<Flow>>,
     state: Mutex<State>,
@@ -45,11 +48,15 @@ struct State {
 
 /// The directory of a listing. The pool closes it, since close(2) may wait.
 #[derive(Debug)]
-struct Directory(Option<OwnedFd>, Lane);
+struct Directory {
+    fd: Option<OwnedFd>,
+    lanes: Lanes,
+    _use: Use,
+}
 
 impl AsFd for Directory {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match &self.0 {
+        match &self.fd {
             Some(fd) => fd.as_fd(),
             None => unreachable!("only `drop` takes it"),
         }
@@ -58,8 +65,8 @@ impl AsFd for Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        if let Some(fd) = self.0.take() {
-            self.1.submit(self.1.ticket(), Job::CloseRead(fd));
+        if let Some(fd) = self.fd.take() {
+            self.lanes.close_read(fd);
         }
     }
 }
@@ -74,11 +81,12 @@ pub struct Page {
 }
 
 impl Listing {
-    /// A listing of a directory, which is open for reading. The lane is one of its export.
-    pub fn new(id: u64, export: usize, flow: Option<Arc<Flow>>, lane: Lane, directory: OwnedFd) -> Self {
-        let directory = Directory(Some(directory), lane);
+    /// A listing of a directory, which is open for reading. The lanes are those of its export.
+    pub fn new(id: u64, export: usize, flow: Option<Arc<Flow>>, lanes: Lanes, directory: OwnedFd) -> Self {
+        let use_of_export = Use::of(&lanes.tenure);
+        let directory = Directory { fd: Some(directory), lanes: lanes.clone(), _use: use_of_export };
         let state = State { directory, removes_for: None, began: 0, is_odd: false, next: 0 };
-        Self { id, export, flow, state: Mutex::new(state) }
+        Self { id, export, lanes, flow, state: Mutex::new(state) }
     }
 
     /// The same, which removes what other servers than the one with this number have left of puts.
@@ -214,6 +222,11 @@ impl<P> Listings<P> {
         Some(self.0.remove(at))
     }
 
+    /// Takes those out that are so.
+    pub fn take_if(&mut self, is_so: impl Fn(&Listing) -> bool) -> Vec<(Arc<Listing>, P)> {
+        self.0.extract_if(.., |(listing, _)| is_so(listing)).collect()
+    }
+
     /// Takes all out.
     pub fn take(&mut self) -> Vec<(Arc<Listing>, P)> {
         std::mem::take(&mut self.0)
@@ -234,8 +247,8 @@ mod tests {
 
     fn listing(path: &std::path::Path) -> Listing {
         let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
-        let lane = Lanes::new(Pool::start().unwrap()).control;
-        Listing::new(1, 0, None, lane, fd)
+        let lanes = Lanes::new(Pool::start().unwrap());
+        Listing::new(1, 0, None, lanes, fd)
     }
 
     fn names(bytes: &[u8]) -> Vec<Vec<u8>> {

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::peer::Origin;
 use crate::rate_limit::RateLimit;
@@ -26,6 +28,7 @@ const PIPE_BUF: usize = libc::PIPE_BUF;
 
 static LOG: OnceLock<SyncSender<Message>> = OnceLock::new();
 static STATISTICS: OnceLock<SyncSender<Message>> = OnceLock::new();
+static SET_LEVEL: OnceLock<Box<dyn Fn(LevelFilter) + Send + Sync>> = OnceLock::new();
 static LOST: AtomicU64 = AtomicU64::new(0);
 static RATE_LIMIT: LazyLock<Mutex<RateLimit>> = LazyLock::new(Mutex::default);
 
@@ -53,12 +56,23 @@ pub fn catch_panics() {
 
 /// Has events logged up to this level.
 pub fn init(level: LevelFilter) {
+    let (filter, handle) = tracing_subscriber::reload::Layer::new(level);
+    let _ = SET_LEVEL.set(Box::new(move |level| drop(handle.reload(level))));
     tracing_subscriber::fmt()
-        .with_max_level(level)
+        .with_max_level(LevelFilter::TRACE)
         .with_writer(|| LogWriter)
         .with_ansi(false)
         .with_target(false)
+        .finish()
+        .with(filter)
         .init();
+}
+
+/// From now on events are logged up to this level.
+pub fn set_level(level: LevelFilter) {
+    if let Some(set) = SET_LEVEL.get() {
+        set(level);
+    }
 }
 
 /// Puts a line for the operator on standard error, whatever the log level.

@@ -270,9 +270,9 @@ impl PathTask {
     fn list(&self, export: &Export, base: &Base, room: &mut Option<SlotRange>) -> PathResult {
         let flags = READ_ONLY | OFlags::DIRECTORY;
         let (directory, _) = self.at.open(verb(self.opcode), base, flags)?;
-        let lane = export.lanes().control;
-        let listing = Listing::new(self.listing, self.at.export, self.flow.clone(), lane, directory)
-            .removing_for(self.server);
+        let (lanes, flow) = (export.lanes().clone(), self.flow.clone());
+        let listing =
+            Listing::new(self.listing, export.place(), flow, lanes, directory).removing_for(self.server);
         next_page(&Arc::new(listing), false, room).map_err(|errno| self.failed(errno))
     }
 

@@ -121,8 +121,8 @@ impl Opening {
         let stored = self.stored.as_ref().filter(|_| !is_device);
         let stored = stored
             .map(|(stored, bytes_max)| stored.opened(*bytes_max, (object.0, object.1), size_before, size));
-        let mut file =
-            OpenFile::new(volume, self.access, self.at.export, facts.identity, verifier).of_object(object);
+        let file = OpenFile::new(volume, self.access, export.place(), facts.identity, verifier);
+        let mut file = file.in_tenure(export.tenure()).of_object(object);
         file.stored = stored;
         Ok(Opened { file, info, mount })
     }
@@ -134,7 +134,8 @@ impl Opening {
         let size_limit = export.root().and_then(Root::size_limit);
         let volume = Arc::new(RegularFile::new(fd, &info, size_limit));
         let verifier = FileVerifier::new(Arc::clone(export.verifier()), storage);
-        OpenFile::new(volume, self.access, self.at.export, identity, verifier)
+        OpenFile::new(volume, self.access, export.place(), identity, verifier)
+            .in_tenure(export.tenure())
             .of_object(ObjectKey::of(&info.status))
     }
 

@@ -136,7 +136,7 @@ pub enum Chown {
 
 /// To whom a server can give the files that it creates: to its own user and groups, and with CAP_CHOWN to
 /// anybody.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Giving {
     uid: u32,
     gids: Vec<u32>,

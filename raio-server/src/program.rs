@@ -9,9 +9,9 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use raio_transport::reactor::block_signals;
-use tracing::level_filters::LevelFilter;
+use std::sync::Arc;
 
-use crate::config::{self, Config, LogLevel, Options};
+use crate::config::{self, Config, Options};
 use crate::hand_over::GivenSocket;
 use crate::server::{self, Server, describe};
 use crate::service::Service;
@@ -65,14 +65,8 @@ fn run(options: Options, privileges: anyhow::Result<()>) -> ExitCode {
     if is_check {
         return server::check(&config).map_or_else(|error| failed(&error, 2), |()| ExitCode::SUCCESS);
     }
-    log::init(match config.log {
-        LogLevel::Error => LevelFilter::ERROR,
-        LogLevel::Warn => LevelFilter::WARN,
-        LogLevel::Info => LevelFilter::INFO,
-        LogLevel::Debug => LevelFilter::DEBUG,
-        LogLevel::Trace => LevelFilter::TRACE,
-    });
-    serve(&config, service, privileges).unwrap_or_else(|error| failed(&error, 1))
+    log::init(config.log.filter());
+    serve(config, service, privileges).unwrap_or_else(|error| failed(&error, 1))
 }
 
 /// Shows the RDMA devices, for people.
@@ -106,13 +100,13 @@ fn list_devices() -> ExitCode {
     }
 }
 
-fn serve(config: &Config, service: Service, privileges: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+fn serve(config: Config, service: Service, privileges: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
     privileges.context(
         "Cannot give up CAP_FSETID, with which writes would keep set-user-ID bits. Run the server as an \
          ordinary user, or allow \
          capset(2) in the seccomp profile",
     )?;
-    let Some(server) = Server::start(config, service)? else { return Ok(ExitCode::SUCCESS) };
+    let Some(server) = Server::start(Arc::new(config), service)? else { return Ok(ExitCode::SUCCESS) };
     // The messages of the start come before this line, which scripts wait for.
     log::flush();
     log::print(&format!("raio_server: ready on {}", server.urls()));

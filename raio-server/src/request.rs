@@ -83,6 +83,8 @@ pub struct Request {
     pub export: Option<usize>,
     /// It is to be cancelled.
     pub is_cancelled: bool,
+    /// It is, because its export is over.
+    pub is_revoked: bool,
     /// The cancel command that waits for its end.
     pub cancel_request: Option<Box<(RequestKey, Option<Instant>)>>,
     /// Where its operation is, for cancelling.
@@ -548,7 +550,7 @@ impl Work {
                 Some((copy.destination.open.object, start..start + copy.range.length))
             }
             Self::Path(task) if task.opcode.operation().is_recorded => {
-                Some((ObjectKey::names_of(task.at.export), 0..u64::MAX))
+                Some((ObjectKey::names_of(task.at.export.place()), 0..u64::MAX))
             }
             _ => None,
         }
@@ -586,11 +588,22 @@ impl Work {
         }
     }
 
+    /// Whether its export is served no more as it was when the request came, or its file was opened.
+    pub fn is_revoked(&self) -> bool {
+        match self {
+            Self::Open(opening) => opening.at.export.tenure().is_over(),
+            Self::Path(task) => task.at.export.tenure().is_over(),
+            Self::ListNext(listing, _) => listing.lanes.tenure.is_over(),
+            Self::Copy(copy) => copy.source.open.is_revoked() || copy.destination.open.is_revoked(),
+            work => work.file().is_some_and(|file| file.open.is_revoked()),
+        }
+    }
+
     /// The place of its export among all; none for a close.
     pub fn export(&self) -> Option<usize> {
         match self {
-            Self::Open(opening) => Some(opening.at.export),
-            Self::Path(task) => Some(task.at.export),
+            Self::Open(opening) => Some(opening.at.export.place()),
+            Self::Path(task) => Some(task.at.export.place()),
             Self::ListNext(listing, _) => Some(listing.export),
             work => Some(work.file()?.open.export),
         }
@@ -599,7 +612,7 @@ impl Work {
     /// The export that has a share of the memory for requests like this, because they may hang.
     pub fn hanging_export(&self) -> Option<usize> {
         match self {
-            Self::Path(task) => Some(task.at.export),
+            Self::Path(task) => Some(task.at.export.place()),
             Self::ListNext(listing, _) => Some(listing.export),
             work => work.file()?.open.hanging_export,
         }
@@ -782,6 +795,10 @@ fn reason(errno: i32) -> String {
         libc::EAGAIN => format!(
             "{error}. It may have no thread for this: try again later, or raise its limit on processes with \
              `ulimit -u` or TasksMax=."
+        ),
+        libc::ESTALE => format!(
+            "{error}. The server's operator has changed or removed its export, or the file system has lost \
+             the file: open it again."
         ),
         _ => format!("{error}."),
     }

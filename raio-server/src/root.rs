@@ -4,8 +4,8 @@ use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 use anyhow::ensure;
 use raio_transport::Status;
@@ -85,9 +85,9 @@ pub struct Root {
     largest: Option<AtomicU64>,
     seen: Mutex<Option<Identity>>,
     /// What was there when the sandbox was told what may be opened.
-    granted: Option<Identity>,
+    granted: OnceLock<Identity>,
     /// The sandbox allows to open that, and nothing else that gets to the path.
-    is_confined: bool,
+    is_confined: AtomicBool,
 }
 
 /// What tells a directory, or a device, from another at the same path.
@@ -123,8 +123,8 @@ impl Root {
             bytes_max: spec.file_bytes_max,
             largest: keeps_size.then(AtomicU64::default),
             seen: Mutex::new(None),
-            granted: None,
-            is_confined: false,
+            granted: OnceLock::new(),
+            is_confined: AtomicBool::new(false),
         };
         if kind == FileType::Directory {
             match this.enter(&spec.name) {
@@ -171,7 +171,7 @@ impl Root {
     ///
     /// Landlock knows files and directories, and not paths. What will be mounted on a directory that is set
     /// to `mountpoint` is not there yet, so that it takes the directory above.
-    pub fn grants(&mut self, name: &str, is_writable: bool) -> anyhow::Result<Vec<Grant>> {
+    pub fn grants(&self, name: &str, is_writable: bool) -> anyhow::Result<Vec<Grant>> {
         let mut grants = Vec::new();
         let has_devices = self.has_devices || self.is_device();
         let path = self.as_path().to_owned();
@@ -179,7 +179,9 @@ impl Root {
         let resolve = if self.is_directory() { ResolveFlags::NO_SYMLINKS } else { self.resolve() };
         match openat2(CWD, &self.path, OFlags::PATH, Mode::empty(), resolve) {
             Ok(at) => {
-                self.granted = statx(&at).ok().map(|stat| Identity::of(&stat));
+                if let Ok(stat) = statx(&at) {
+                    let _ = self.granted.set(Identity::of(&stat));
+                }
                 grants.push(grant(at)?);
             }
             Err(_) if self.must_be_mountpoint => {}
@@ -205,19 +207,24 @@ impl Root {
     }
 
     /// From now on nothing can be opened but what was granted.
-    pub fn confine(&mut self) {
-        self.is_confined = !self.must_be_mountpoint;
+    pub fn confine(&self) {
+        self.is_confined.store(!self.must_be_mountpoint, Ordering::Relaxed);
+    }
+
+    fn is_confined(&self) -> bool {
+        self.is_confined.load(Ordering::Relaxed)
     }
 
     /// Adds the reason to a rejection if the sandbox does not know the file that is at the path now.
     /// `name` is the export's.
     pub fn explain(&self, name: &str, rejection: Rejection) -> Rejection {
-        if !self.is_confined || rejection.status.errno != libc::EACCES {
+        if !self.is_confined() || rejection.status.errno != libc::EACCES {
             return rejection;
         }
         let mask = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
         let at = rustix::fs::statx(CWD, &self.path, AtFlags::empty(), mask);
-        if self.granted.is_some() && self.granted == at.ok().map(|stat| Identity::of(&stat)) {
+        let now = at.ok().map(|stat| Identity::of(&stat));
+        if self.granted.get().is_some_and(|granted| Some(granted) == now.as_ref()) {
             // A file system that is mounted again, and has got the same numbers, is another one to Landlock.
             let text = format!(
                 "{} If its permissions allow it, then the file system was mounted anew, and the sandbox of \
@@ -234,7 +241,8 @@ impl Root {
         Rejection { text, ..rejection }
     }
 
-    fn as_path(&self) -> &Path {
+    /// The path.
+    pub fn as_path(&self) -> &Path {
         Path::new(OsStr::from_bytes(self.path.as_bytes()))
     }
 
@@ -304,7 +312,7 @@ impl Root {
                  replaced), and served from now on{}. Files that are open stay what they are.",
                 self.path,
                 if self.is_directory() { "directory" } else { "device" },
-                if self.is_confined && self.is_directory() && self.granted != Some(now) {
+                if self.is_confined() && self.is_directory() && self.granted.get() != Some(&now) {
                     ", unless the sandbox denies it, which knows only what was there at the start: then \
                      start the server anew, or set the export to `mountpoint`"
                 } else {

@@ -4,12 +4,13 @@
 //! serves nothing itself.
 
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::{Arc, LazyLock, mpsc};
+use std::sync::{Arc, LazyLock, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow, ensure};
+use anyhow::{Context, anyhow};
 use jiff::Timestamp;
 use raio_transport::handshake::Identity;
 use raio_transport::reactor::{
@@ -17,6 +18,7 @@ use raio_transport::reactor::{
 };
 use raio_transport::transport::AcceptedStream;
 use raio_transport::{open_files, random, rdma};
+use rustix::fs::{Mode, OFlags};
 use rustix::net::{SendFlags, Shutdown};
 
 use crate::acceptor::{Connection, Handshaken, TlsAcceptor};
@@ -29,13 +31,15 @@ use crate::export_spec::Source;
 use crate::hand_over::{self, HandOver, Meeting, Predecessor};
 use crate::handles::GENERATION_MAX;
 use crate::keys::{Abilities, Keys, Revocation};
-use crate::limits::{ConnectionPermit, Excess, Limits, Room};
+use crate::limits::{ConnectionPermit, Excess, Limits, Room, descriptors_for, session_limits};
 use crate::listener::Listener;
 use crate::log::log_client;
 use crate::peer::PeerAddress;
 use crate::pool::Pool;
 use crate::privileges::{self, Chown, Giving, User};
-use crate::root::Root;
+use crate::reload::{
+    Claims, Granted, Reloader, Running, counted_places, keep_verifier, kinds, say_unknown_exports,
+};
 use crate::sandbox::{Grant, Sandbox};
 use crate::service::Service;
 use crate::sessions::Sessions;
@@ -47,7 +51,7 @@ use crate::tuning::main_thread::{
     DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, ENTRY_TIMEOUT, EXPIRY_CHECK, STUCK_AFTER,
 };
 use crate::tuning::state::{CLAIM_RETRY, CLAIM_SAY_AFTER};
-use crate::verifier::{self, Verifier};
+use crate::verifier::Verifier;
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
 use crate::{file_identity, hidden, log, probe};
 
@@ -84,6 +88,17 @@ pub struct Server {
     /// Connections that got no permit.
     rejected: u64,
     limits: Arc<Limits>,
+    reloader: Arc<Reloader>,
+    /// There is a configuration file.
+    has_file: bool,
+    /// A reload runs, ...
+    is_reloading: bool,
+    /// ... another one is to follow, ...
+    reloads_again: bool,
+    /// ... and who wants to hear of that one.
+    reloads_asked: Vec<OnReloaded>,
+    reload_sender: Sender<Reloaded>,
+    reloaded: Receiver<Reloaded>,
     /// [`CHECK`] will come.
     is_checking: bool,
     phase: Phase,
@@ -91,6 +106,15 @@ pub struct Server {
     hand_over: Option<HandOver>,
     /// What has started this process hears of it.
     service: Service,
+}
+
+/// Hears what a reload has changed, or why nothing was changed.
+pub type OnReloaded = Box<dyn FnOnce(&anyhow::Result<Vec<String>>) + Send>;
+
+/// A reload that has ended, and who wants to hear of it.
+struct Reloaded {
+    result: anyhow::Result<Vec<String>>,
+    asked: Vec<OnReloaded>,
 }
 
 /// How far a server is that was told to end.
@@ -156,11 +180,14 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
     let user = config.user.as_deref().map(User::find).transpose()?;
     config.hand_over.as_deref().map_or(Ok(()), hand_over::check_path)?;
     let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
-    let mut keys = config.keys.as_deref().map(|directory| Keys::open(directory, false)).transpose()?;
+    let keys = config.keys.as_deref().map(|directory| Keys::open(directory, false)).transpose()?;
     try_kernel_tls(config)?;
     reduce(config, user.as_ref())?;
     let (.., exports) = limits_and_exports(config, descriptors)?;
-    check_clients(config, keys.as_mut(), &exports).map(drop)
+    for directory in &config.exports_beneath {
+        beneath(config, directory)?;
+    }
+    check_clients(config, keys.as_ref(), &exports).map(drop)
 }
 
 /// Whether the server gives up power.
@@ -180,25 +207,16 @@ fn try_kernel_tls(config: &Config) -> anyhow::Result<()> {
 
 /// Checks what clients are to have by what there is, and by what the server can do. Returns what becomes of
 /// CAP_CHOWN, which only clients need.
-fn check_clients(config: &Config, keys: Option<&mut Keys>, exports: &Exports) -> anyhow::Result<Chown> {
+fn check_clients(config: &Config, keys: Option<&Keys>, exports: &Exports) -> anyhow::Result<Chown> {
     let Some(keys) = keys else { return Ok(Chown::GivenUp) };
     let (users, groups) = keys.owners();
     let giving = Giving::needed_for(&users, &groups, is_reduced(config))?;
     let chown = giving.chown();
-    let is_directory = |export: &Export| export.root().is_some_and(Root::is_directory);
-    let exports = exports.all().iter().map(|export| (export.name().to_owned(), is_directory(export)));
     let counts_requests = keys.limits_requests();
     let counted_exports = keys.counted_exports();
-    keys.check_by(Abilities { exports: exports.collect(), giving, counts_requests, counted_exports })?;
+    keys.check_by(Abilities { exports: kinds(exports.all()), giving, counts_requests, counted_exports })?;
     say_unknown_exports(keys);
     Ok(chown)
-}
-
-/// Logs which exports clients are to have that there are not.
-fn say_unknown_exports(keys: &Keys) {
-    for name in keys.unknown_exports() {
-        tracing::warn!("clients.toml names export {name}, which there is not.");
-    }
 }
 
 /// How many sessions there may be, the limits on their connections and files, and what clients may open.
@@ -211,7 +229,8 @@ fn limits_and_exports(config: &Config, descriptors: usize) -> anyhow::Result<(us
         workers: config.workers,
     };
     let limits = Limits::new(room, config.session_caps, config.address_caps);
-    if config.exports.iter().any(|export| matches!(export.source, Source::Path(_))) {
+    let has_paths = config.exports.iter().any(|export| matches!(export.source, Source::Path(_)));
+    if has_paths || config.path().is_some() {
         probe::for_files()?;
     }
     Ok((sessions_max, limits, Exports::open(&config.exports, *POOL)?))
@@ -219,7 +238,7 @@ fn limits_and_exports(config: &Config, descriptors: usize) -> anyhow::Result<(us
 
 /// What is exported for writing, and where it is claimed.
 struct ToClaim<'a> {
-    written: Vec<&'a Export>,
+    written: Vec<&'a Arc<Export>>,
     /// Of each of them.
     claims: Vec<Claim>,
     /// None: there is none, or nothing to lock.
@@ -237,7 +256,7 @@ impl<'a> ToClaim<'a> {
                 written.push(export);
             }
         }
-        if claims.is_empty() {
+        if claims.is_empty() && (config.state.is_none() || config.path().is_none()) {
             return Ok(Self { written, claims, directory: None });
         }
         let directory = match &config.state {
@@ -246,6 +265,8 @@ impl<'a> ToClaim<'a> {
         };
         let directory = match directory {
             Ok(directory) => Arc::new(directory),
+            // An export that is written to may be added later.
+            Err(_) if claims.is_empty() => return Ok(Self { written, claims, directory: None }),
             Err(error) if config.is_strict => {
                 return Err(error.context(
                     "With --strict nothing is exported for writing without a state directory. Name one that \
@@ -273,11 +294,19 @@ impl<'a> ToClaim<'a> {
         Ok(Self { written, claims, directory: Some(directory) })
     }
 
+    /// What is claimed, by the exports' names.
+    fn by_name(&self) -> Claims {
+        let names = self.written.iter().map(|export| export.name().to_owned());
+        names.zip(self.claims.iter().cloned()).collect()
+    }
+
     /// Makes sure that nobody else writes to what is exported for writing, and nothing of a server that has
     /// been killed can do so any more; then has the exports keep their verifiers. Returns what holds the
-    /// lock, and the state directory; None if there is none, or nothing to lock.
+    /// lock; None if there is no state directory, or nothing to lock.
     fn claim(self, wait: impl FnMut(&str) -> anyhow::Result<bool>) -> anyhow::Result<Claimed> {
-        let Some(directory) = self.directory else { return Ok(Claimed::Yes(None)) };
+        let Some(directory) = self.directory.filter(|_| !self.claims.is_empty()) else {
+            return Ok(Claimed::Yes(None));
+        };
         let lock = match claim_when_free(&directory, &self.claims, wait)? {
             Some(lock) => lock,
             None => return Ok(Claimed::Stopped),
@@ -285,18 +314,16 @@ impl<'a> ToClaim<'a> {
         let boot = file_identity::boot();
         Verifier::remove_old(&directory, boot)?;
         for (export, claim) in self.written.iter().zip(&self.claims) {
-            let name = format!("{}{}", verifier::PREFIX, claim.key());
-            let about = format!("{} {}", claim.name, claim.path);
-            export.verifier().keep(&directory, &name, &about, boot)?;
+            keep_verifier(&directory, export, claim, boot)?;
         }
-        Ok(Claimed::Yes(Some((lock, directory))))
+        Ok(Claimed::Yes(Some(lock)))
     }
 }
 
 /// What came of [`ToClaim::claim`].
 enum Claimed {
     /// The exports may be served, as long as the lock is open.
-    Yes(Option<(Arc<OwnedFd>, Arc<StateDirectory>)>),
+    Yes(Option<Arc<OwnedFd>>),
     /// The server was told to stop.
     Stopped,
 }
@@ -309,7 +336,7 @@ fn claim_when_free(
     mut wait: impl FnMut(&str) -> anyhow::Result<bool>,
 ) -> anyhow::Result<Option<Arc<OwnedFd>>> {
     loop {
-        match try_claim(directory, claims)? {
+        match try_claim(directory, claims, &[])? {
             Attempt::Locked(lock) => return Ok(Some(lock)),
             Attempt::Busy(why) => {
                 if !wait(&why)? {
@@ -376,7 +403,9 @@ impl Server {
     /// it opens what it is going to serve, as the user that it stays. Then the sandbox closes, in two steps:
     /// RDMA devices are opened between them, because the kernel takes no commands from a process that has
     /// changed its credentials since. Threads inherit all of this, so they start last.
-    pub fn start(config: &Config, mut service: Service) -> anyhow::Result<Option<Self>> {
+    pub fn start(config: Arc<Config>, mut service: Service) -> anyhow::Result<Option<Self>> {
+        let given = config;
+        let config = &*given;
         service.say_unreached();
         let mut sandbox = config.is_sandboxed.then(Sandbox::default);
         let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
@@ -388,12 +417,13 @@ impl Server {
             None => (None, None),
         };
         // The server's key may be one that only root can read.
-        let mut keys = config.keys.as_deref().map(|directory| Keys::open(directory, true)).transpose()?;
+        let keys = config.keys.as_deref().map(|directory| Keys::open(directory, true)).transpose()?;
         try_kernel_tls(config)?;
         become_user(config)?;
 
+        warn_if_unreadable(config);
         let (sessions_max, limits, exports) = limits_and_exports(config, descriptors)?;
-        let chown = check_clients(config, keys.as_mut(), &exports)?;
+        let chown = check_clients(config, keys.as_ref(), &exports)?;
         if keys.as_ref().is_some_and(|keys| keys.count() == 0) {
             tracing::warn!("clients.toml names no client yet, so nobody can connect.");
         }
@@ -416,7 +446,9 @@ impl Server {
         }
         let mut listener = Listener::new(LISTENER);
         let for_all = shared.keys.is_some();
-        let to_claim = ToClaim::find(config, &shared.exports)?;
+        let exports = shared.exports.current();
+        let to_claim = ToClaim::find(config, &exports)?;
+        let claims = to_claim.by_name();
         listener.use_passed(&mut reactor, &config.listen, service.take_sockets())?;
         let mut taken_over = None;
         if let Some(predecessor) = &mut predecessor {
@@ -438,23 +470,28 @@ impl Server {
                 return Ok(None);
             }
         }
-        let (lock, state) = match to_claim.claim(|why| waiting.wait(why))? {
-            Claimed::Yes(claimed) => claimed.unzip(),
+        let state = to_claim.directory.clone();
+        let lock = match to_claim.claim(|why| waiting.wait(why))? {
+            Claimed::Yes(lock) => lock,
             Claimed::Stopped => return Ok(None),
         };
-        shared.claim = lock;
+        shared.claims = Mutex::new(lock.into_iter().collect());
         if let Some((pid, count)) = taken_over {
             service.succeed();
             tracing::info!("Took over {count} listening sockets from process {pid}.");
         }
         listener.bind_streams(&mut reactor, &config.listen, for_all)?;
-        match &mut sandbox {
+        let granted = match &mut sandbox {
             Some(sandbox) => {
-                let grants = grants(config, &mut shared, state.as_deref(), has_rdma)?;
-                close_in(sandbox, &mut shared.exports, &grants, chown)?;
+                let grants = grants(config, &shared, state.as_deref(), has_rdma)?;
+                let is_confined = close_in(sandbox, &exports, &grants, chown)?;
+                is_confined.then(|| granted_paths(config, &exports)).transpose()?
             }
-            None => stay_free(config, chown)?,
-        }
+            None => {
+                stay_free(config, chown)?;
+                None
+            }
+        };
         // Opens the devices.
         let _ = rdma::unavailable();
         listener.bind_rdma(&mut reactor, &config.listen)?;
@@ -483,6 +520,20 @@ impl Server {
             audit.start(move || mailboxes.iter().for_each(|mailbox| mailbox.send(Mail::Release)))?;
         }
         let backend = say_what_was_missing(config, &started);
+        let counts_requests = shared.sessions.count_requests()
+            || shared.keys.as_ref().is_some_and(|keys| keys.counts_requests());
+        let reloader = Arc::new(Reloader {
+            limits: Arc::clone(&limits),
+            counters: workers.iter().map(|worker| Arc::clone(&worker.counters)).collect(),
+            pool: *POOL,
+            descriptors,
+            state,
+            granted,
+            counts_requests,
+            running: Mutex::new(Running { config: Arc::clone(&given), claims }),
+            shared: Arc::clone(&shared),
+        });
+        let (reload_sender, reloaded) = reactor::mailbox(reactor.waker());
         let hand_over = place.map(|place| HandOver::new(&mut reactor, HAND_OVER, place));
         Ok(Some(Self {
             reactor,
@@ -497,6 +548,13 @@ impl Server {
             accepted: 0,
             rejected: 0,
             limits,
+            reloader,
+            has_file: config.path().is_some(),
+            is_reloading: false,
+            reloads_again: false,
+            reloads_asked: Vec::new(),
+            reload_sender,
+            reloaded,
             is_checking: false,
             phase: Phase::Serving,
             hand_over,
@@ -559,6 +617,9 @@ impl Server {
                         return Ok(ExitCode::FAILURE);
                     }
                 }
+            }
+            while let Some(reloaded) = self.reloaded.take() {
+                self.reloaded(reloaded);
             }
             while let Some(handshaken) = self.secured.take() {
                 match handshaken {
@@ -653,27 +714,51 @@ impl Server {
         self.reactor.timer(Instant::now() + left, EXPIRY);
     }
 
-    /// Reads again who may connect.
-    fn reread_keys(&self, keys: &Keys) {
-        match keys.reread() {
-            Ok(revocation) => {
-                say_unknown_exports(keys);
-                self.shared.stored.set(counted_places(keys, &self.shared.exports));
-                let exports = self.shared.exports.all();
-                self.shared.throttles.update(|client, export| keys.rates(client, exports[export].name()));
-                tracing::info!(
-                    "Read clients.toml again: {} clients may connect. Sessions of those that may do less \
-                     than before end.",
-                    keys.count()
-                );
-                self.revoke(revocation);
+    /// Reads the configuration file and who may connect again, in a thread of its own, and applies what has
+    /// changed. `on_end` learns what that is, or why nothing was changed. One that is asked for meanwhile
+    /// comes after it.
+    pub fn reload(&mut self, on_end: Option<OnReloaded>) {
+        self.reloads_asked.extend(on_end);
+        if std::mem::replace(&mut self.is_reloading, true) {
+            self.reloads_again = true;
+            return;
+        }
+        self.service.reloading();
+        let asked = std::mem::take(&mut self.reloads_asked);
+        let (reloader, sender) = (Arc::clone(&self.reloader), self.reload_sender.clone());
+        let run = move || {
+            let result = catch_unwind(AssertUnwindSafe(|| reloader.reload()));
+            let result = result.unwrap_or_else(|_| Err(anyhow!("The server has failed there; see above")));
+            sender.send(Reloaded { result, asked });
+        };
+        let spawned = std::thread::Builder::new().name("raio-reload".into()).spawn(run);
+        if let Err(error) = spawned {
+            let result = Err(anyhow!("Cannot start a thread ({error})"));
+            self.reload_sender.send(Reloaded { result, asked: Vec::new() });
+        }
+    }
+
+    /// A reload has ended.
+    fn reloaded(&mut self, Reloaded { result, asked }: Reloaded) {
+        self.is_reloading = false;
+        match &result {
+            Ok(changes) if changes.is_empty() => {
+                tracing::info!("The configuration was read again. Nothing has changed.");
             }
-            Err(error) => {
-                tracing::error!(
-                    "Who may connect stays as it was: {}.",
-                    describe(&error).trim_end_matches('.')
-                );
+            Ok(changes) => {
+                changes.iter().for_each(|change| tracing::info!("{change}"));
+                tracing::info!("The new configuration is applied.");
             }
+            Err(error) => tracing::error!(
+                "The new configuration is not applied, and nothing was changed: {}.",
+                describe(error).trim_end_matches('.')
+            ),
+        }
+        asked.into_iter().for_each(|on_end| on_end(&result));
+        self.service.ready();
+        self.await_expiry();
+        if std::mem::take(&mut self.reloads_again) {
+            self.reload(None);
         }
     }
 
@@ -742,7 +827,8 @@ impl Server {
         if signal == libc::SIGUSR1 {
             let counters = self.workers.iter().map(|worker| &*worker.counters);
             let sessions = &self.shared.sessions;
-            let exports: Vec<_> = self.shared.exports.all().iter().map(Export::name).collect();
+            let exports = self.shared.exports.current();
+            let exports: Vec<_> = exports.all().iter().map(|one| (one.place(), one.name())).collect();
             let whole = Whole {
                 backend: self.backend,
                 accepted: self.accepted,
@@ -767,20 +853,18 @@ impl Server {
             return None;
         }
         if signal == libc::SIGHUP {
-            self.service.reloading();
-            if let Some(keys) = &self.shared.keys {
-                self.reread_keys(keys);
-            }
             if let Some(audit) = &self.shared.audit {
                 audit.reopen();
             }
-            if self.shared.keys.is_none() && self.shared.audit.is_none() {
+            if self.shared.keys.is_some() || self.has_file {
+                self.reload(None);
+            } else if self.shared.audit.is_none() {
                 tracing::info!(
-                    "SIGHUP is ignored. To change the configuration, stop the server and start it anew, or \
-                     start its successor (--hand-over)."
+                    "SIGHUP is ignored: there is no configuration file (--config) to be read again. To \
+                     change the configuration, stop the server and start it anew, or start its successor \
+                     (--hand-over)."
                 );
             }
-            self.service.ready();
             return None;
         }
         if self.phase != Phase::Serving {
@@ -820,7 +904,7 @@ impl Server {
         if self.phase != Phase::Serving {
             return format!("Completing the requests in flight; {sessions}");
         }
-        let exports = count(self.shared.exports.all().len(), "export");
+        let exports = count(self.shared.exports.current().all().len(), "export");
         let mut status = format!("Serving {exports} on {}; {sessions}", self.listener.urls());
         for (at, worker) in self.workers.iter_mut().enumerate() {
             if let Some(time) = worker.stuck_for(self.shared.placement.is_stuck(at)) {
@@ -922,6 +1006,19 @@ fn become_user(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Says so if the configuration file cannot be read again.
+fn warn_if_unreadable(config: &Config) {
+    if let Some(path) = config.path()
+        && let Err(error) = std::fs::File::open(path)
+    {
+        tracing::warn!(
+            "The user that the server runs as cannot read {} ({error}), so SIGHUP will not apply what changes \
+             there. Let that user read it.",
+            path.display()
+        );
+    }
+}
+
 /// Looks for a server that hands over to this one, and lets the next one find this one. Called before the
 /// server becomes another user: the successor connects as the user that started it, or as root.
 fn meet(config: &Config) -> anyhow::Result<Option<Meeting>> {
@@ -944,11 +1041,20 @@ fn stay_free(config: &Config, chown: Chown) -> anyhow::Result<()> {
 /// The files that the sandbox must allow to open.
 fn grants(
     config: &Config,
-    shared: &mut Shared,
+    shared: &Shared,
     state: Option<&StateDirectory>,
     has_rdma: bool,
 ) -> anyhow::Result<Vec<Grant>> {
-    let mut grants = shared.exports.grants()?;
+    let mut grants = shared.exports.current().grants()?;
+    // Exports that may be added.
+    for directory in &config.exports_beneath {
+        grants.push(beneath(config, directory)?);
+    }
+    // It is read again.
+    if let Some(path) = config.path() {
+        let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty());
+        grants.push(Grant::to_read_files(directory.unwrap_or(Path::new(".")))?);
+    }
     // It may be opened anew.
     if let Some(directory) = shared.audit.as_ref().and_then(|audit| audit.directory()) {
         grants.push(Grant::of_log(directory)?);
@@ -968,23 +1074,43 @@ fn grants(
     Ok(grants)
 }
 
-/// Puts on all of the sandbox but the filter of system calls.
+/// A directory in which exports may be added, as far as the server's user may read and write there.
+fn beneath(config: &Config, directory: &Path) -> anyhow::Result<Grant> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(directory, flags, Mode::empty());
+    opened.and_then(|opened| Grant::of_export(opened, true, true)).with_context(|| {
+        format!("{}: the directory {} cannot be used", config.name("exports-beneath"), directory.display())
+    })
+}
+
+/// Where exports may be added.
+fn granted_paths(config: &Config, exports: &Exports) -> anyhow::Result<Vec<Granted>> {
+    let mut granted: Vec<_> = exports.all().iter().filter_map(|export| Granted::of_export(export)).collect();
+    for directory in &config.exports_beneath {
+        granted.push(Granted::beneath(directory.canonicalize()?));
+    }
+    Ok(granted)
+}
+
+/// Puts on all of the sandbox but the filter of system calls. Returns whether it restricts which files can be
+/// opened.
 fn close_in(
     sandbox: &mut Sandbox,
-    exports: &mut Exports,
+    exports: &Exports,
     grants: &[Grant],
     chown: Chown,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<bool> {
     // It is kept.
     file_identity::boot();
     privileges::drop_all(chown)?;
     if let Err(errno) = privileges::hide() {
         sandbox.note_gap(format!("prctl(2) does not work ({errno})"));
     }
-    if sandbox.confine_files(grants) {
+    let is_confined = sandbox.confine_files(grants);
+    if is_confined {
         exports.confine();
     }
-    Ok(())
+    Ok(is_confined)
 }
 
 /// Starts the threads beside the workers.
@@ -995,27 +1121,21 @@ fn start_helpers(shared: &Shared) -> anyhow::Result<()> {
     shared.trace.as_ref().map_or(Ok(()), Trace::start)
 }
 
-/// The directories where what clients store is limited.
-fn counted_places(keys: &Keys, exports: &Exports) -> Vec<Place> {
-    let place = |(name, directory): (String, String)| {
-        let export = exports.all().iter().position(|export| export.name() == name)?;
-        Some((export, directory))
-    };
-    keys.counted_directories().into_iter().filter_map(place).collect()
-}
-
 /// Has a thread count what clients store, if that is limited.
 fn start_counting(shared: &Arc<Shared>) -> anyhow::Result<()> {
     let Some(keys) = &shared.keys else { return Ok(()) };
-    let places = counted_places(keys, &shared.exports);
+    let places = counted_places(keys, &shared.exports.current());
     if places.is_empty() {
         return Ok(());
     }
     shared.stored.set(places);
     let (opening, naming) = (Arc::clone(shared), Arc::clone(shared));
-    let open = move |(export, directory): &Place| opening.exports.open_directory(*export, directory);
+    let open =
+        move |(export, directory): &Place| opening.exports.current().open_directory(*export, directory);
     let name = move |(export, directory): &Place| {
-        let export = naming.exports.all()[*export].name();
+        let exports = naming.exports.current();
+        let export = exports.all().iter().find(|one| one.place() == *export);
+        let export = export.map_or("(removed)", |export| export.name());
         if directory.is_empty() {
             format!("Export {export}")
         } else {
@@ -1037,7 +1157,8 @@ fn start_workers(
     let mut workers = Vec::new();
     let mut all_started = Vec::new();
     for (index, ring) in rings.into_iter().enumerate() {
-        let counters = Arc::new(Counters::new(shared.exports.all().len()));
+        let counters =
+            Arc::new(Counters::new(shared.exports.current().all().len(), shared.exports.places_max()));
         let (sender, receiver) = mpsc::sync_channel(1);
         let thread = {
             let (shared, counters, cpu) =
@@ -1116,63 +1237,4 @@ fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
         );
     }
     if config.backend == BackendKind::Threads || fallback.is_some() { "threads" } else { "uring" }
-}
-
-/// What a number of sessions take: a connection and a file for each, and what is not theirs.
-fn descriptors_for(sessions: usize) -> usize {
-    DESCRIPTORS_OWN + 2 * sessions
-}
-
-/// How many sessions there may be, and how many open files of theirs, when the process may have `limit` open
-/// files.
-fn session_limits(limit: usize, wanted: Option<usize>) -> anyhow::Result<(usize, usize)> {
-    let room = limit.saturating_sub(DESCRIPTORS_OWN);
-    let sessions = match wanted {
-        // Most programs have a connection for control, one for a context, and a file.
-        None => (limit / 4).max(1),
-        Some(sessions) => {
-            let remedy = format!(
-                "Raise the hard limit with `ulimit -Hn {}`, or LimitNOFILE= in the unit, or give a smaller \
-                 --max-sessions",
-                descriptors_for(sessions)
-            );
-            ensure!(
-                sessions <= room,
-                "--max-sessions is {sessions}, but this process may have only {limit} open files. {remedy}."
-            );
-            if descriptors_for(sessions) > limit {
-                tracing::warn!(
-                    "--max-sessions {sessions} is more than can each have a file open: this process may \
-                     have only {limit} open \
-                     files. {remedy}."
-                );
-            }
-            sessions
-        }
-    };
-    // At most half for files, and none of what the sessions' connections take: clients that open all they can
-    // do not keep others from connecting. But one for each session: it may be of an export that takes no
-    // descriptor.
-    let files = (limit / 2).min(room.saturating_sub(sessions)).max(sessions);
-    Ok((sessions, files))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_limit_on_open_files_is_shared_out_among_connections_and_files() {
-        assert_eq!(session_limits(1 << 20, None).unwrap(), (1 << 18, 1 << 19));
-        assert_eq!(session_limits(1024, None).unwrap(), (256, 512));
-        // One file each, and not one descriptor more.
-        assert_eq!(session_limits(descriptors_for(32_768), Some(32_768)).unwrap(), (32_768, 32_768));
-        assert_eq!(session_limits(1 << 20, Some(5)).unwrap(), (5, 1 << 19));
-    }
-
-    #[test]
-    fn more_sessions_than_descriptors_are_rejected_with_the_number_that_it_takes() {
-        let error = session_limits(1024, Some(1000)).unwrap_err().to_string();
-        assert!(error.contains("--max-sessions is 1000") && error.contains("ulimit -Hn 2256"), "{error}");
-    }
 }

@@ -23,10 +23,11 @@ use rustix::fs::FileType;
 
 use crate::peer::Origin;
 use crate::stored::LimitedFile;
+use crate::tenure::Tenure;
 use crate::throttle::Flow;
 use crate::tuning::listings::SESSION_MAX;
 use crate::verifier::FileVerifier;
-use crate::volume::{Properties, SizeLimit, Volume};
+use crate::volume::{Properties, Revoked, SizeLimit, Volume};
 use raio_transport::sync::lock;
 
 /// What a file is opened for.
@@ -82,6 +83,8 @@ pub struct OpenFile {
     pub flow: Option<Arc<Flow>>,
     /// What it may grow to, if the bytes that its client stores are limited.
     pub stored: Option<LimitedFile>,
+    /// That of its export.
+    tenure: Arc<Tenure>,
     closed: AtomicBool,
 }
 
@@ -110,8 +113,25 @@ impl OpenFile {
             audited: None,
             flow: None,
             stored: None,
+            tenure: Arc::default(),
             closed: AtomicBool::new(false),
         }
+    }
+
+    /// The same, of an export that has this tenure.
+    pub fn in_tenure(self, tenure: &Arc<Tenure>) -> Self {
+        Self { tenure: Arc::clone(tenure), ..self }
+    }
+
+    /// Whether its export is served no more as it was when the file was opened.
+    pub fn is_revoked(&self) -> bool {
+        self.tenure.is_over()
+    }
+
+    /// What has its handle from then on.
+    fn successor(&self) -> Self {
+        let verifier = self.verifier.clone();
+        Self::new(Arc::new(Revoked), self.access, self.export, self.identity, verifier)
     }
 
     /// The same, whose changes change this.
@@ -332,6 +352,21 @@ impl Session {
         if ended.is_some() {
             self.limits.close(&self.account);
         }
+    }
+
+    /// Closes what it has open of exports that are over. Returns the files: each is closed with its last
+    /// user. Their handles stay, and what is asked of them fails.
+    pub fn revoke_files(&self) -> Vec<Arc<OpenFile>> {
+        let over = lock(&self.listings).take_if(|listing| listing.lanes.tenure.is_over());
+        over.iter().for_each(|_| self.limits.close(&self.account));
+        let mut revoked = Vec::new();
+        for (file, _) in lock(&self.files).iter_mut().filter(|(file, _)| file.is_revoked()) {
+            let successor = Arc::new(file.successor());
+            let file = std::mem::replace(file, successor);
+            file.closed.store(true, Ordering::Release);
+            revoked.push(file);
+        }
+        revoked
     }
 
     /// The session has ended. Returns the files that it had.

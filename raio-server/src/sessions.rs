@@ -9,6 +9,7 @@ mod by_address;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ use crate::channel::{Channel, Guard, Guards, Outcomes};
 use crate::handles::generation_of_next_session;
 use crate::limits::{AddressAccount, Excess, Limits, QueuePairPermit};
 use crate::peer::Origin;
-use crate::session::{ClosedFile, Session};
+use crate::session::{ClosedFile, OpenFile, Session};
 use crate::stats::ChannelCounts;
 use crate::tuning::channels::PARKED_BYTES;
 
@@ -155,7 +156,7 @@ pub struct Joined {
 #[derive(Debug)]
 pub struct Sessions {
     table: Mutex<Table>,
-    sessions_max: usize,
+    sessions_max: AtomicUsize,
     limits: Arc<Limits>,
 }
 
@@ -219,7 +220,7 @@ impl Sessions {
             counts: ChannelCounts::default(),
             guards: Guards::default(),
         };
-        Self { table: Mutex::new(table), sessions_max, limits }
+        Self { table: Mutex::new(table), sessions_max: AtomicUsize::new(sessions_max), limits }
     }
 
     /// The same, whose first one has handles that begin with this generation.
@@ -240,7 +241,8 @@ impl Sessions {
         let mut table = lock(&self.table);
         let joined = table.join(peer, connection, now, &mut effects, |table, effects| {
             // Sessions without a connection are evicted for it.
-            while let Err(excess) = self.limits.begin_session(table.by_id.len(), self.sessions_max, address) {
+            let sessions_max = self.sessions_max.load(Ordering::Relaxed);
+            while let Err(excess) = self.limits.begin_session(table.by_id.len(), sessions_max, address) {
                 if !table.evict_session(effects) {
                     return Err(excess);
                 }
@@ -272,6 +274,17 @@ impl Sessions {
             table.give_up(id, now, &mut effects);
         }
         effects
+    }
+
+    /// From now on there may be so many at a time. Those that there are stay.
+    pub fn set_max(&self, sessions_max: usize) {
+        self.sessions_max.store(sessions_max, Ordering::Relaxed);
+    }
+
+    /// Closes what is open of exports that are over: see [`Session::revoke_files`].
+    pub fn revoke_files(&self) -> Vec<Arc<OpenFile>> {
+        let sessions: Vec<_> = lock(&self.table).by_id.values().map(|of| Arc::clone(&of.session)).collect();
+        sessions.iter().flat_map(|session| session.revoke_files()).collect()
     }
 
     /// A connection asks whether its requests may run: whether nothing can happen any more of what they must
@@ -592,7 +605,7 @@ impl Clone for Sessions {
     fn clone(&self) -> Self {
         Self {
             table: Mutex::new(lock(&self.table).clone()),
-            sessions_max: self.sessions_max,
+            sessions_max: AtomicUsize::new(self.sessions_max.load(Ordering::Relaxed)),
             limits: Arc::clone(&self.limits),
         }
     }
@@ -608,7 +621,7 @@ mod tests {
 
     use super::*;
     use crate::limits::{Caps, Room};
-    use crate::session::{Access, OpenFile};
+    use crate::session::Access;
     use crate::tuning::channels::PARKED_PART;
     use crate::tuning::limits::RESERVE;
     use crate::volume::Null;

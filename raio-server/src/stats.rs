@@ -4,6 +4,7 @@
 //! What is read while workers run is not one moment's truth, but each number is right.
 
 use std::fmt::Write;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -138,6 +139,24 @@ pub struct ExportCounters {
     pub throttled_us: Counter,
 }
 
+/// Those of each export, by its place. There is room for exports that are yet to come.
+#[derive(Debug, Default)]
+pub struct ByExport(Box<[OnceLock<Box<ExportCounters>>]>);
+
+impl ByExport {
+    /// Those of the export in this place.
+    pub fn get(&self, place: usize) -> Option<&ExportCounters> {
+        self.0.get(place)?.get().map(|counters| &**counters)
+    }
+
+    /// There is an export in this place, or is about to be. Any thread may say so.
+    pub fn prepare(&self, place: usize) {
+        if let Some(counters) = self.0.get(place) {
+            counters.get_or_init(Box::default);
+        }
+    }
+}
+
 /// One for each operation. An array of more than 32 elements has no default of its own.
 #[derive(Debug)]
 struct PerOperation<T>([T; OPERATIONS.len()]);
@@ -210,16 +229,18 @@ pub struct Counters {
     /// Requests that were answered on arrival, by the fast path.
     pub fast_path: Counter,
     /// By the export's place among all.
-    pub exports: Box<[ExportCounters]>,
+    pub exports: ByExport,
     latencies: PerOperation<Histogram>,
     requests: PerOperation<Counter>,
     closes: [Counter; REASONS.len()],
 }
 
 impl Counters {
-    /// For so many exports.
-    pub fn new(exports: usize) -> Self {
-        Self { exports: (0..exports).map(|_| ExportCounters::default()).collect(), ..Self::default() }
+    /// For exports in these places, the first ones, of so many that there may be.
+    pub fn new(exports: usize, places_max: usize) -> Self {
+        let by_export = ByExport((0..places_max.max(exports)).map(|_| OnceLock::new()).collect());
+        (0..exports).for_each(|place| by_export.prepare(place));
+        Self { exports: by_export, ..Self::default() }
     }
 
     /// How long requests with this opcode take.
@@ -310,8 +331,8 @@ pub struct Whole<'a> {
     pub open_files: usize,
     /// Connections for data that each worker has.
     pub data_connections: &'a [usize],
-    /// The names of the exports.
-    pub exports: &'a [&'a str],
+    /// The exports' places and names.
+    pub exports: &'a [(usize, &'a str)],
 }
 
 /// One line of JSON: the sums over all workers, with what only the whole server knows.
@@ -481,12 +502,13 @@ fn json_escaped(text: &str) -> String {
 fn write_exports<'a>(
     out: &mut String,
     workers: impl Iterator<Item = &'a Counters> + Clone,
-    exports: &[&str],
+    exports: &[(usize, &str)],
 ) {
     out.push_str(",\"exports\":{");
-    for (at, name) in exports.iter().enumerate() {
+    for (at, &(place, name)) in exports.iter().enumerate() {
         let sum = |counter: fn(&ExportCounters) -> &Counter| {
-            workers.clone().map(|worker| counter(&worker.exports[at]).get()).sum::<u64>()
+            let of_workers = workers.clone().filter_map(|worker| worker.exports.get(place));
+            of_workers.map(|counters| counter(counters).get()).sum::<u64>()
         };
         let comma = if at > 0 { "," } else { "" };
         let name = json_escaped(name);
@@ -518,13 +540,13 @@ mod tests {
 
     #[test]
     fn workers_add_up() {
-        let workers = [Counters::new(2), Counters::new(2)];
+        let workers = [Counters::new(2, 2), Counters::new(2, 2)];
         for worker in &workers {
             worker.read_bytes.add(5);
             worker.iteration_bytes_max.set(7);
             worker.request(Opcode::Cancel);
             worker.latency(Opcode::Read).record(Duration::from_micros(100), 2);
-            worker.exports[1].written_bytes.add(9);
+            worker.exports.get(1).unwrap().written_bytes.add(9);
             worker.throttled(Whose::Export, Some(1));
             worker.throttled_time(Some(1), Duration::from_micros(1500));
             worker.close_reason(&CloseReason::Violation(Violation::Stalled));
@@ -538,7 +560,7 @@ mod tests {
             audit: None,
             open_files: 2,
             data_connections: &[4, 5],
-            exports: &["a", "b\""],
+            exports: &[(0, "a"), (1, "b\"")],
         };
         let json = json(workers.iter(), &whole);
         assert!(json.starts_with('{') && json.ends_with("}]}") && !json.contains('\n'));

@@ -15,7 +15,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::Hash;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::{Duration, Instant};
 
 use raio_transport::sync::lock;
@@ -204,6 +204,11 @@ struct Queue {
 }
 
 impl Queue {
+    fn new(rates: Rates, now: Instant) -> Arc<Mutex<Self>> {
+        let bucket = Bucket::new(rates, now);
+        Arc::new(Mutex::new(Self { bucket, virtual_time: 0, waiting: BTreeMap::new(), weights: 0 }))
+    }
+
     fn insert(&mut self, start: Tag, id: u64, waiter: Waiter) {
         self.waiting.insert((start, id), waiter);
         self.weights += u64::from(waiter.weight);
@@ -362,7 +367,7 @@ impl<K: Eq + Hash, V> InUse<K, V> {
 #[derive(Debug)]
 pub struct Throttles {
     /// By the export's place; None: it has no rates.
-    exports: Box<[Option<Arc<Mutex<Queue>>>]>,
+    exports: RwLock<Vec<Option<Arc<Mutex<Queue>>>>>,
     clients: Mutex<InUse<String, ClientBucket>>,
     flows: Mutex<InUse<(Holder, usize), Flow>>,
     next_id: AtomicU64,
@@ -371,12 +376,9 @@ pub struct Throttles {
 impl Throttles {
     /// Of exports that have these rates.
     pub fn new(exports: impl Iterator<Item = Rates>, now: Instant) -> Self {
-        let queue = |rates: Rates| {
-            let bucket = Bucket::new(rates, now);
-            Arc::new(Mutex::new(Queue { bucket, virtual_time: 0, waiting: BTreeMap::new(), weights: 0 }))
-        };
+        let queues = exports.map(|rates| rates.limit().then(|| Queue::new(rates, now)));
         Self {
-            exports: exports.map(|rates| rates.limit().then(|| queue(rates))).collect(),
+            exports: RwLock::new(queues.collect()),
             clients: Mutex::default(),
             flows: Mutex::default(),
             next_id: AtomicU64::new(0),
@@ -387,7 +389,29 @@ impl Throttles {
     pub fn limits(&self, export: usize, rates: &ClientRates) -> bool {
         let is_limited =
             |queue: &Option<_>| queue.is_some() || rates.all.limit() || rates.share.rates.limit();
-        self.exports.get(export).is_some_and(is_limited)
+        self.queues().get(export).is_some_and(is_limited)
+    }
+
+    fn queues(&self) -> RwLockReadGuard<'_, Vec<Option<Arc<Mutex<Queue>>>>> {
+        self.exports.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on all clients together have these rates of the export in this place. Files that are open
+    /// have none if there were none when they were opened.
+    pub fn set_export(&self, export: usize, rates: Rates, now: Instant) {
+        let mut queues = self.exports.write().unwrap_or_else(PoisonError::into_inner);
+        if queues.len() <= export {
+            queues.resize(export + 1, None);
+        }
+        let queue = &mut queues[export];
+        if let Some(queue) = queue {
+            lock(queue).bucket.rates = rates;
+        }
+        if !rates.limit() {
+            *queue = None;
+        } else if queue.is_none() {
+            *queue = Some(Queue::new(rates, now));
+        }
     }
 
     /// What a client has of the export in this place, if there is a limit on it. What its rates are is taken
@@ -402,7 +426,7 @@ impl Throttles {
         if !self.limits(export, rates) {
             return None;
         }
-        let queue = self.exports.get(export)?.clone();
+        let queue = self.queues().get(export).cloned().flatten();
         let client = match &holder {
             Holder::Client(name) if rates.all.limit() => Some(self.client(name, rates.all, now)),
             _ => None,
@@ -410,9 +434,12 @@ impl Throttles {
         let mut flows = lock(&self.flows);
         let key = (holder, export);
         let known = flows.get(&key);
-        // A client that had no rates on all exports when it began has them now, or the other way round: its
-        // flow is replaced.
-        if let Some(flow) = known.filter(|flow| flow.client.is_some() == client.is_some()) {
+        // A client that had no rates on all exports when it began has them now, or the other way round, or the
+        // export has: its flow is replaced.
+        let fits = |flow: &Arc<Flow>| {
+            (flow.client.is_some(), flow.export.is_some()) == (client.is_some(), queue.is_some())
+        };
+        if let Some(flow) = known.filter(fits) {
             flow.set(&rates.share);
             return Some(flow);
         }

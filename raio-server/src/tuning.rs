@@ -228,6 +228,20 @@ pub mod limits {
     pub const QUEUE_PAIR_RESERVE_PART: usize = 8;
 }
 
+/// Changes while the server runs: [`crate::reload`]. None is measured.
+pub mod reload {
+    use std::time::Duration;
+
+    /// How many exports with other names there may be in the life of a server beside those of its start.
+    /// Each worker has 16 bytes for each of them, and more once there is the export.
+    pub const PLACES_FREE: usize = 1024;
+    /// How long a change waits until all is closed that clients had open of an export which has gone, before
+    /// it says that something is still open.
+    pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+    /// How often it looks.
+    pub const CLOSE_CHECK: Duration = Duration::from_millis(2);
+}
+
 /// Rates of clients and exports: [`crate::throttle`]. None is measured.
 pub mod throttle {
     use std::time::Duration;

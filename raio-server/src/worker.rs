@@ -44,7 +44,8 @@ mod tracer;
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -54,6 +55,7 @@ use raio_transport::memory::{Arena, Slot};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPERATION_FEATURES};
 use raio_transport::reactor::{self, DisabledRing, Event, Reactor, Receiver, Sender, Token, Wait};
+use raio_transport::sync::lock;
 use raio_transport::transport::{
     self, Accepted, AcceptedStream, Incoming, QueuePairMemory, ServerEvent, ServerTransport,
 };
@@ -63,7 +65,7 @@ use crate::audit::Audit;
 use crate::cached::CachedFiles;
 use crate::config::{BackendKind, Config};
 use crate::engine::{self, Engine, Threads, Uring};
-use crate::export::Exports;
+use crate::export::{ExportTable, Exports};
 use crate::keys::{Keys, Revocation, Rights};
 use crate::limits::ConnectionPermit;
 use crate::log::log_client;
@@ -102,7 +104,7 @@ const FENCE_CHECK: Token = Token { owner: 0xff, value: 2 };
 #[derive(Debug)]
 pub struct Shared {
     /// What clients may open.
-    pub exports: Exports,
+    pub exports: ExportTable,
     /// Who they are, and what they have open.
     pub sessions: Sessions,
     /// What clients that have gone have left behind.
@@ -123,10 +125,8 @@ pub struct Shared {
     pub arena_bytes: usize,
     /// What the messages of each worker's connections may take beside it.
     pub heap_bytes: usize,
-    /// What a session, and what an address ([`crate::limits::Who`]), may have of it by the options.
-    pub memory_caps: [usize; 2],
-    /// How long an idle worker spins.
-    pub spin: Duration,
+    /// What each worker begins with.
+    pub settings: Settings,
     /// Where requests are traced to.
     pub trace: Option<Trace>,
     /// Connections may come by rdma_cm, so there must be RDMA.
@@ -136,7 +136,11 @@ pub struct Shared {
     /// The audit log, if there is one.
     pub audit: Option<Arc<Audit>>,
     /// What is locked as long as anything of the server can happen: see [`crate::claim`].
-    pub claim: Option<Arc<OwnedFd>>,
+    pub claims: Mutex<Vec<Arc<OwnedFd>>>,
+    /// How many configurations there have been: the first one is number 1.
+    pub config_generation: AtomicU64,
+    /// The last one that was read was wrong, and so not applied.
+    pub last_reload_failed: AtomicBool,
 }
 
 impl Shared {
@@ -158,6 +162,7 @@ impl Shared {
             ..defaults
         };
         let trace = config.trace.as_deref().map(|path| Trace::create(path, policy.clock, config.workers));
+        let exports = ExportTable::new(exports);
         Ok(Self {
             exports,
             sessions,
@@ -170,14 +175,14 @@ impl Shared {
             backend: config.backend,
             arena_bytes: config.arena_bytes,
             heap_bytes: config.heap_bytes,
-            memory_caps: [config.session_caps, config.address_caps]
-                .map(|caps| config.each_workers(caps.memory)),
-            spin: config.spin,
+            settings: Settings::of(config),
             keys: None,
             audit: None,
             trace: trace.transpose()?,
             rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
-            claim: None,
+            claims: Mutex::default(),
+            config_generation: AtomicU64::new(1),
+            last_reload_failed: AtomicBool::new(false),
         })
     }
 }
@@ -212,6 +217,32 @@ impl RawConnection {
     }
 }
 
+/// What may change of a worker's settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// How long it spins when it is idle.
+    pub spin: Duration,
+    /// While others wait for memory, a connection that makes no progress for so long is closed.
+    pub stall_timeout: Duration,
+    /// The longest that a channel whose connection has broken is kept.
+    pub linger: Duration,
+    /// What a session, and what an address ([`crate::limits::Who`]), may have of its memory by the options.
+    pub memory_caps: [usize; 2],
+}
+
+impl Settings {
+    /// Those that a configuration asks for.
+    pub fn of(config: &Config) -> Self {
+        Self {
+            spin: config.spin,
+            stall_timeout: config.stall_timeout,
+            linger: config.linger,
+            memory_caps: [config.session_caps, config.address_caps]
+                .map(|caps| config.each_workers(caps.memory)),
+        }
+    }
+}
+
 /// What other threads tell a worker.
 #[derive(Debug)]
 pub enum Mail {
@@ -230,6 +261,12 @@ pub enum Mail {
     Release,
     /// Some clients may do less than before: their sessions end.
     Revoke(Arc<Revocation>),
+    /// Exports are over: leave them.
+    Leave,
+    /// Have these in the ring's table of files, and no others: see [`crate::claim`].
+    Claim(Vec<Arc<OwnedFd>>),
+    /// Have these settings from now on.
+    Set(Settings),
     /// Hand over what was traced since the last time.
     Trace,
     /// Finish what is in flight, by then, and end.
@@ -254,8 +291,8 @@ pub struct Worker {
     mail: Receiver<Mail>,
     incoming: Receiver<(RawConnection, Arc<ConnectionPermit>)>,
     reactor: Reactor,
-    /// [`Shared::claim`], in the ring's table of files.
-    _claim: Option<reactor::File>,
+    /// [`Shared::claims`], and what has taken its place, in the ring's table of files.
+    claims: Vec<reactor::File>,
     arena: Arena,
     transport: mux::Mux,
     engine: Box<dyn Engine>,
@@ -265,6 +302,7 @@ pub struct Worker {
     sessions: LocalSessions,
     requests: Requests,
     admission: Admission,
+    settings: Settings,
     device_queues: DeviceQueues,
     latencies: Latencies,
     tracer: Tracer,
@@ -322,7 +360,7 @@ pub struct Started {
     pub unregistered: Option<std::io::Error>,
     /// Why it does without the RDMA that there is.
     pub no_rdma: Option<raio_transport::Error>,
-    /// Its ring does not hold [`Shared::claim`]: a server that takes this one's place does not wait for what
+    /// Its ring does not hold [`Shared::claims`]: a server that takes this one's place does not wait for what
     /// the ring has begun.
     pub unclaimed: bool,
 }
@@ -343,7 +381,7 @@ impl Worker {
         cpu: Option<usize>,
     ) -> anyhow::Result<(Self, Started)> {
         // Restricted or not the ring is already.
-        let config = Self::reactor_config(shared.spin, false);
+        let config = Self::reactor_config(shared.settings.spin, false);
         let reactor = Reactor::with_ring(ring, &config).context("Cannot make an event loop")?;
         Self::on(reactor, index, shared, counters, cpu)
     }
@@ -356,7 +394,7 @@ impl Worker {
         counters: Arc<Counters>,
         cpu: Option<usize>,
     ) -> anyhow::Result<(Self, Started)> {
-        let ring = DisabledRing::new(&Self::reactor_config(shared.spin, true));
+        let ring = DisabledRing::new(&Self::reactor_config(shared.settings.spin, true));
         Self::with_ring(ring, index, shared, counters, cpu)
     }
 
@@ -380,8 +418,9 @@ impl Worker {
             )
         })?;
         let unregistered = reactor.register_arena(&arena).err();
-        let claim = shared.claim.clone().map(|fd| reactor.file(fd));
-        let unclaimed = reactor.has_ring() && claim.as_ref().is_some_and(|claim| !claim.is_registered());
+        let claims = lock(&shared.claims).clone();
+        let claims: Vec<_> = claims.into_iter().map(|fd| reactor.file(fd)).collect();
+        let unclaimed = reactor.has_ring() && claims.iter().any(|claim| !claim.is_registered());
         let engine: Box<dyn Engine> = if shared.backend == BackendKind::Uring && reactor.has_ring() {
             Box::new(Uring::new(&reactor))
         } else {
@@ -435,17 +474,23 @@ impl Worker {
         let transport = mux::Mux::new(transports);
         let worker = Self {
             transport,
-            admission: Admission::new(&arena, io_bytes_max, shared.exports.all().len(), shared.memory_caps),
+            admission: Admission::new(
+                &arena,
+                io_bytes_max,
+                shared.exports.places_max(),
+                shared.settings.memory_caps,
+            ),
             counts_requests: shared.sessions.count_requests()
                 || shared.keys.as_ref().is_some_and(|keys| keys.counts_requests()),
             tracer: Tracer::new(shared.trace.as_ref()),
+            settings: shared.settings,
             shared,
             counters,
             index,
             mail,
             incoming,
             reactor,
-            _claim: claim,
+            claims,
             arena,
             engine,
             cached: CachedFiles::new(),
@@ -570,6 +615,16 @@ impl Worker {
                 Mail::Settle(connection) => self.settle(connection),
                 Mail::Release => self.release_held(),
                 Mail::Revoke(revocation) => self.revoke(&revocation),
+                Mail::Leave => self.leave_exports(),
+                Mail::Claim(claims) => {
+                    self.claims = claims.into_iter().map(|claim| self.reactor.file(claim)).collect();
+                }
+                Mail::Set(settings) => {
+                    self.reactor.set_spin(settings.spin);
+                    self.transport.set_timeouts(settings.stall_timeout, settings.linger);
+                    self.admission.set_caps(settings.memory_caps);
+                    self.settings = settings;
+                }
                 Mail::Trace => self.hand_over_trace(),
                 Mail::Drain(deadline) => {
                     let reject_at = self.reactor.clock().now() + GRACE;

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 use std::time::Instant;
 
 use slab::Slab;
@@ -239,6 +240,11 @@ fn token(owner: u8, id: ConnectionId) -> Token {
 impl ServerTransport for LoopbackServer {
     fn owner(&self) -> u8 {
         self.owner
+    }
+
+    fn set_timeouts(&mut self, stall_timeout: Duration, linger: Duration) {
+        let policy = Arc::make_mut(&mut self.policy);
+        (policy.stall_timeout, policy.linger) = (stall_timeout, linger);
     }
 
     fn handle(&mut self, reactor: &mut Reactor, event: Event) {

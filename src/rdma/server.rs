@@ -17,7 +17,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use slab::Slab;
 
@@ -851,6 +851,14 @@ fn number_of(id: ConnectionId) -> u64 {
 impl ServerTransport for RdmaServer {
     fn owner(&self) -> u8 {
         self.owner
+    }
+
+    fn set_timeouts(&mut self, stall_timeout: Duration, linger: Duration) {
+        let policies = self.ports.iter_mut().map(|port| &mut port.policy);
+        for policy in policies.chain([&mut self.policy]) {
+            let policy = Arc::make_mut(policy);
+            (policy.stall_timeout, policy.linger) = (stall_timeout, linger);
+        }
     }
 
     fn handle(&mut self, reactor: &mut Reactor, event: Event) {

@@ -451,6 +451,11 @@ impl Reactor {
         }
     }
 
+    /// From now on it spins for another time before it sleeps.
+    pub fn set_spin(&mut self, spin: Duration) {
+        self.spin = BusyPoll::new(spin);
+    }
+
     /// So many operations are worth waiting for: from now on a turn may spin for so many times as long as it
     /// was configured to, at most ten times. Several that were begun together end later than one, and often
     /// together. None: it does not spin.

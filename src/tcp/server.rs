@@ -419,6 +419,11 @@ impl ServerTransport for TcpServer {
         self.owner
     }
 
+    fn set_timeouts(&mut self, stall_timeout: Duration, linger: Duration) {
+        let policy = Arc::make_mut(&mut self.shared.policy);
+        (policy.stall_timeout, policy.linger) = (stall_timeout, linger);
+    }
+
     fn handle(&mut self, reactor: &mut Reactor, event: Event) {
         let value = event.token.value;
         let id = ConnectionId {

@@ -9,6 +9,7 @@ use rustix::io::ReadWriteFlags;
 use super::{Closing, Lanes};
 use crate::log;
 use crate::syscalls::{FileInfo, stat_cached};
+use crate::tenure::Use;
 use crate::tuning::cached_files::CLOSED_BLOCKS_MAX;
 use crate::tuning::cached_reads::HOLES_MAX;
 use crate::verifier::Verifier;
@@ -61,6 +62,7 @@ pub struct Descriptor {
     /// None once it is being closed.
     pub(super) fd: Option<OwnedFd>,
     lanes: Lanes,
+    _use: Use,
     /// That of its export.
     pub(super) verifier: Arc<Verifier>,
     pub(super) closing: OnceLock<Closing>,
@@ -135,6 +137,7 @@ impl Descriptor {
         let has_cached_status = file_system.is_some_and(|kind| KEEPS_STATUS.contains(&kind));
         Arc::new(Self {
             fd: Some(fd),
+            _use: Use::of(&lanes.tenure),
             lanes,
             verifier,
             closing: OnceLock::new(),

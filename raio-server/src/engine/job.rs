@@ -10,6 +10,7 @@ use rustix::io::{Errno, retry_on_intr};
 use super::{Call, Closing, Completion, Descriptor, Operation, Outcome};
 use crate::client::{Client, OnBehalf};
 use crate::syscalls::{FileInfo, extents, stat};
+use crate::tenure::Use;
 use crate::verifier::Verifier;
 use crate::{clear, copy, pool};
 
@@ -19,9 +20,9 @@ pub enum Job {
     /// Operations, one after another. Their completions come together.
     Operations(Sender<Completion>, Vec<Task>),
     /// close(2), the verifier that changes if it says that writes were lost, and whom to tell.
-    Close(OwnedFd, Arc<Verifier>, Option<Closing>),
+    Close(OwnedFd, Arc<Verifier>, Option<Closing>, Use),
     /// close(2) of what was only looked up, or read.
-    CloseRead(OwnedFd),
+    CloseRead(OwnedFd, Use),
 }
 
 /// One operation.
@@ -99,7 +100,7 @@ impl Job {
     pub(super) fn take(&mut self, key: u64) -> Option<Task> {
         match self {
             Self::Operations(_, tasks) => take(tasks, key),
-            Self::Close(..) | Self::CloseRead(_) => None,
+            Self::Close(..) | Self::CloseRead(..) => None,
         }
     }
 }
@@ -118,17 +119,19 @@ impl pool::Job for Job {
         match self {
             // The worker is woken once, when all have ended.
             Self::Operations(to, tasks) => to.send_all(tasks.into_iter().map(Task::run)),
-            Self::Close(fd, verifier, closing) => {
+            Self::Close(fd, verifier, closing, use_of_export) => {
                 let closed = reactor::close(fd);
                 if closed.is_err_and(loses_writes) {
                     verifier.writes_were_lost();
                 }
+                drop(use_of_export);
                 if let Some(closing) = closing {
                     closing.complete(closed);
                 }
             }
-            Self::CloseRead(fd) => {
+            Self::CloseRead(fd, use_of_export) => {
                 let _ = reactor::close(fd);
+                drop(use_of_export);
             }
         }
     }
@@ -151,7 +154,7 @@ impl pool::Job for Job {
                 to.send_all(tasks.into_iter().map(|task| task.unbegun(libc::EAGAIN)));
                 None
             }
-            Self::Close(..) | Self::CloseRead(_) => Some(self),
+            Self::Close(..) | Self::CloseRead(..) => Some(self),
         }
     }
 }
@@ -161,7 +164,8 @@ impl Drop for Descriptor {
         if let Some(fd) = self.fd.take() {
             let lane = self.lanes().control;
             let verifier = Arc::clone(&self.verifier);
-            lane.submit(lane.ticket(), Job::Close(fd, verifier, self.closing.take()));
+            let use_of_export = Use::of(&self.lanes().tenure);
+            lane.submit(lane.ticket(), Job::Close(fd, verifier, self.closing.take(), use_of_export));
         }
     }
 }

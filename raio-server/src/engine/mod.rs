@@ -14,6 +14,7 @@ mod threads;
 mod uring;
 
 use std::any::Any;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
 use raio_transport::protocol::Extent;
@@ -25,6 +26,7 @@ use crate::checksum::Checksum;
 use crate::client::Client;
 use crate::pool::{self, Pool, Ticket};
 use crate::syscalls::FileInfo;
+use crate::tenure::{Tenure, Use};
 use crate::tuning::lanes::{CONTROL_WIDTH, DATA_WIDTH, FLUSH_WIDTH, LEASE_WIDTH, RANGE_WIDTH};
 
 pub use completions::{Closing, CompletionQueue};
@@ -59,6 +61,8 @@ pub struct Lanes {
     pub data: Lane,
     /// Reads that need no lane and yet the disk.
     misses: Arc<Misses>,
+    /// Of the export.
+    pub tenure: Arc<Tenure>,
 }
 
 impl Lanes {
@@ -71,7 +75,19 @@ impl Lanes {
             ranges: pool.lane(RANGE_WIDTH),
             data: pool.lane(DATA_WIDTH),
             misses: Arc::default(),
+            tenure: Arc::default(),
         }
+    }
+
+    /// The same, of the export that takes the place of one that is over.
+    pub fn with_new_tenure(&self) -> Self {
+        Self { tenure: Arc::default(), ..self.clone() }
+    }
+
+    /// Has the pool close what was only looked up, or read.
+    pub fn close_read(&self, fd: OwnedFd) {
+        let job = Job::CloseRead(fd, Use::of(&self.tenure));
+        self.control.submit(self.control.ticket(), job);
     }
 }
 

@@ -44,6 +44,9 @@ const ALLOWED: &[libc::c_long] = &[
     // What is new, to the owner that its client has.
     libc::SYS_fchown,
     libc::SYS_fchownat,
+    // Exports that are added while the server runs: whether its user may have them, and memory.
+    libc::SYS_faccessat2,
+    libc::SYS_memfd_create,
     // Names and attributes: of exports, and of the state directory.
     libc::SYS_getdents64,
     #[cfg(not(target_arch = "riscv64"))]

@@ -62,6 +62,12 @@ impl Grant {
         Self::new(at, make_bitflags!(AccessFs::{WriteFile | MakeReg}))
     }
 
+    /// The files of a directory at this path, for reading: an editor may put another one in the place of a
+    /// file.
+    pub fn to_read_files(path: &Path) -> Result<Self, Errno> {
+        Self::new(at(path)?, make_bitflags!(AccessFs::{ReadFile}))
+    }
+
     /// A file or directory at this path, for reading.
     pub fn to_read(path: &Path) -> Result<Self, Errno> {
         Self::new(at(path)?, make_bitflags!(AccessFs::{ReadFile | ReadDir}))

@@ -4,6 +4,7 @@
 //!   session: OpenFile --owns--> dyn Volume
 //!     RegularFile, BlockDevice, Memory   their descriptor is served by the worker's engine
 //!     Null                               ends every operation as it is submitted
+//!     Revoked                            the same, with ESTALE: the export has gone
 //!     (an image elsewhere)               keeps a Completer, and uses it from a thread of its own
 //!     (a filter)                         wraps another volume
 //! ```
@@ -16,6 +17,7 @@ mod device;
 mod file;
 mod memory;
 mod null;
+mod revoked;
 mod served;
 
 use std::fmt::Debug;
@@ -31,6 +33,7 @@ pub use device::BlockDevice;
 pub use file::RegularFile;
 pub use memory::Memory;
 pub use null::Null;
+pub use revoked::Revoked;
 
 /// What a worker lends a volume.
 pub struct Context<'a> {

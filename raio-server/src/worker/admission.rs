@@ -197,6 +197,11 @@ impl Admission {
         }
     }
 
+    /// From now on a session, and an address, may hold so much by the options. Who holds more keeps it.
+    pub fn set_caps(&mut self, caps: [usize; 2]) {
+        self.caps = (caps != [usize::MAX; 2]).then_some(caps);
+    }
+
     // Connections
     // ----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ use super::connections::Connection;
 use crate::audit::Audited;
 use crate::authorize;
 use crate::engine::Closing;
-use crate::export::{Located, Location, Target};
+use crate::export::{Export, Located, Location, Target};
 use crate::handles::is_handle;
 use crate::keys::Rights;
 use crate::limits::Excess;
@@ -204,23 +204,23 @@ impl Worker {
         let rights = self.shared.rights(&self.sessions[*session].session.identity);
         let access = Access::from_flags(flags);
         let audited = who.as_ref().map(|who| Audited::new(who, path, access.name()));
-        match self.shared.exports.resolve(&rights, flags, mode, path) {
+        match self.shared.exports.current().resolve(&rights, flags, mode, path) {
             Err(rejection) => Err(self.open_rejected(Some(connection), audited.as_deref(), rejection)),
             Ok(Target::Ready(..)) if self.holds_back_opens() => {
                 let status = Status { retryable: true, ..Status::policy(libc::EAGAIN) };
                 Err(failure(status, "The server's audit log takes nothing now. Try again later."))
             }
-            Ok(Target::Ready(file, _))
+            Ok(Target::Ready(_, file, _))
                 if reopens.is_some_and(|reopens| reopens.identity != file.identity) =>
             {
                 Err(self.open_rejected(Some(connection), audited.as_deref(), another_file(path)))
             }
-            Ok(Target::Ready(mut file, info)) => {
-                (file.audited, file.flow) = (audited, self.flow(connection, file.export, &rights));
+            Ok(Target::Ready(export, mut file, info)) => {
+                (file.audited, file.flow) = (audited, self.flow(connection, &export, &rights));
                 Err(self.give_handle(connection, *file, info, reopens))
             }
             Ok(Target::Path { at: Located { at, owner, bytes_max }, flags, mode }) => {
-                let flow = self.flow(connection, at.export, &rights);
+                let flow = self.flow(connection, &at.export, &rights);
                 let opening = Opening {
                     stored: self.stored(&at, bytes_max),
                     at,
@@ -248,7 +248,7 @@ impl Worker {
         if !only_reads || reopens.is_some() || self.has_to_wait(connection, flow.as_ref(), audited.as_ref()) {
             return None;
         }
-        let export = &self.shared.exports.all()[at.export];
+        let export = &*at.export;
         let response = match self.cached.open(export, at, flags.contains(OFlags::NOFOLLOW))? {
             Ok(file) => {
                 let info = file.info;
@@ -258,7 +258,7 @@ impl Worker {
             }
             Err(errno) => self.open_rejected(Some(connection), audited.as_deref(), at.failed("open", errno)),
         };
-        self.count_for_export(Some(at.export), Direction::None, response.status, 0);
+        self.count_for_export(Some(export.place()), Direction::None, response.status, 0);
         self.admission.spend(OPEN_BYTES);
         Some(response)
     }
@@ -266,21 +266,22 @@ impl Worker {
     /// Where the bytes are counted that clients store at a location, if they are limited, and the limit.
     pub(super) fn stored(&self, at: &Location, bytes_max: Option<u64>) -> Option<(Arc<Stored>, u64)> {
         let directory = at.confinement.as_ref().map_or("", |confinement| &confinement.directory);
-        bytes_max.map(|bytes_max| (self.shared.stored.get((at.export, directory.to_owned())), bytes_max))
+        bytes_max
+            .map(|bytes_max| (self.shared.stored.get((at.export.place(), directory.to_owned())), bytes_max))
     }
 
     /// What the client of a connection has of an export, if that is limited.
-    pub(super) fn flow(&self, connection: usize, export: usize, rights: &Rights) -> Option<Arc<Flow>> {
-        let granted = rights.rates(self.shared.exports.all()[export].name());
+    pub(super) fn flow(&self, connection: usize, export: &Export, rights: &Rights) -> Option<Arc<Flow>> {
+        let granted = rights.rates(export.name());
         let rates = granted.map_or(ClientRates::NONE, |(_, rates)| rates);
-        if !self.shared.throttles.limits(export, &rates) {
+        if !self.shared.throttles.limits(export.place(), &rates) {
             return None;
         }
         let holder = match granted {
             Some((client, _)) => Holder::Client(client.to_owned()),
             None => Holder::Address(self.connections[connection].peer().map(PeerAddress::origin)),
         };
-        self.shared.throttles.flow(holder, export, &rates, self.reactor.clock().now())
+        self.shared.throttles.flow(holder, export.place(), &rates, self.reactor.clock().now())
     }
 
     /// Opens a file under the handle that an earlier server gave it, unless it has it already.
@@ -400,6 +401,13 @@ impl Worker {
                 return failure(Status::storage(libc::EMFILE), &text);
             }
         };
+        if open.is_revoked() {
+            // Its export has been changed since it was looked up, and who revokes files may have been here
+            // before.
+            self.audit_open(audited.as_deref(), libc::ESTALE);
+            drop(session.close(handle));
+            return failure(Status::storage(libc::ESTALE), EXPORT_CHANGED);
+        }
         // This worker may have it already, by a reopen that came at the same time.
         let known = if reopens.is_some() { self.sessions.file(local, handle) } else { None };
         self.audit_open(audited.as_deref(), 0);
@@ -442,6 +450,10 @@ impl Worker {
         self.cancel(connection, key);
     }
 }
+
+/// For the client of a request that has begun on an export which has become another, or is gone.
+pub(super) const EXPORT_CHANGED: &str =
+    "The server's operator has changed or removed the export. Open the file again.";
 
 fn handle_taken() -> Response {
     failure(

@@ -208,7 +208,7 @@ pub(super) fn start(
     };
     let reactor = Reactor::new(&config).context("Cannot make an event loop")?;
     reactor.clock().set(now);
-    let counters = Arc::new(Counters::new(shared.exports.all().len()));
+    let counters = Arc::new(Counters::new(shared.exports.current().all().len(), shared.exports.places_max()));
     let (worker, started) = Worker::on(reactor, index, Arc::clone(shared), counters, None)?;
     Ok((started.senders, worker))
 }

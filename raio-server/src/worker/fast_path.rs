@@ -63,7 +63,7 @@ impl Worker {
             self.trace(name, Phase::End, Opcode::Read.operation().name, length);
         }
         // Where nobody spins the client would only be woken more often.
-        if self.admission.spend(bytes) && !self.shared.spin.is_zero() {
+        if self.admission.spend(bytes) && !self.settings.spin.is_zero() {
             self.transport.flush_early(&mut self.reactor);
         }
         true

@@ -19,6 +19,7 @@ use raio_transport::trace::Phase;
 use raio_transport::transport::{self, Response, ServerTransport};
 use zerocopy::IntoBytes;
 
+use super::command::EXPORT_CHANGED;
 use super::connections::{Asked, Connection, Standing};
 use super::{EXPIRY, FENCE_CHECK, Mail, Worker};
 use crate::audit::{Event, Who};
@@ -172,7 +173,13 @@ impl Worker {
     pub(super) fn give_handle_to_orphan(&self, key: usize, opened: Opened) -> Response {
         let Some(Orphan { member, account, .. }) = self.orphans.get(&key) else { return success(0) };
         let audited = opened.file.audited.clone();
-        match member.session.insert(Arc::new(opened.file), account) {
+        let file = Arc::new(opened.file);
+        match member.session.insert(Arc::clone(&file), account) {
+            Ok(handle) if file.is_revoked() => {
+                self.audit_open(audited.as_deref(), libc::ESTALE);
+                drop(member.session.close(handle));
+                failure(Status::storage(libc::ESTALE), EXPORT_CHANGED)
+            }
             Ok(handle) => {
                 self.audit_open(audited.as_deref(), 0);
                 success(handle.0.into())

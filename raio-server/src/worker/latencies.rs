@@ -112,7 +112,7 @@ mod tests {
 
     #[test]
     fn a_request_has_taken_as_long_as_from_its_iteration_to_that_of_its_response() {
-        let (mut latencies, counters) = (Latencies::default(), Counters::new(0));
+        let (mut latencies, counters) = (Latencies::default(), Counters::new(0, 0));
         let now = Instant::now();
         latencies.answered(Opcode::Write, now, now + Duration::from_millis(1), &counters);
         assert_eq!((counts(&counters), latencies.end_iteration()), ((0, 1), false));
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn one_that_is_answered_by_its_own_iteration_counts_at_its_end() {
-        let (mut latencies, counters) = (Latencies::default(), Counters::new(0));
+        let (mut latencies, counters) = (Latencies::default(), Counters::new(0, 0));
         let began = Instant::now();
         latencies.answered(Opcode::Read, began, began, &counters);
         latencies.answered_by_fast_path();

@@ -247,7 +247,7 @@ impl Worker {
                         "A client's connection was closed: for {:?} it took no responses, or did not go on \
                          with a message, while others waited for the memory that it held. Raise --memory if \
                          such clients are welcome.",
-                        policy.stall_timeout
+                        self.settings.stall_timeout
                     ),
                     CloseReason::KeyUsedUp => log_client!(
                         info,

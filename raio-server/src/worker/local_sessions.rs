@@ -102,6 +102,16 @@ impl LocalSessions {
         file
     }
 
+    /// Drops this worker's views of files that were closed.
+    pub fn forget_closed(&mut self) {
+        for (_, LocalSession { files, far, .. }) in &mut self.all {
+            for file in files {
+                file.take_if(|file| file.open.is_closed());
+            }
+            far.retain(|_, file| !file.open.is_closed());
+        }
+    }
+
     /// Drops this worker's view of a file that was closed.
     pub fn forget(&mut self, session: SessionId, handle: FileHandle) {
         let Some(&key) = self.by_id.get(&session) else { return };

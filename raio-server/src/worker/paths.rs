@@ -17,13 +17,14 @@ use super::admission::{Decision, Demand};
 use super::connections::Connection;
 use super::pipeline::unsent_bytes;
 use crate::audit::Audited;
-use crate::export::{Export, Found, Located, special_bits};
+use crate::export::{Export, Exports, Found, Located, special_bits};
 use crate::limits::Excess;
 use crate::listing::{Listing, fill_with_exports};
 use crate::log::log_client;
 use crate::names::{Other, PathAnswer, PathEnd, PathTask, creates, next_page, verb};
 use crate::rejection::Rejection;
 use crate::request::{ListNext, Work, failure, success};
+use crate::tenure::Use;
 use crate::throttle::Flow;
 use crate::tuning::cached_files;
 use crate::tuning::listings::PAGE_BYTES_MIN;
@@ -60,7 +61,7 @@ impl Worker {
             return false;
         }
         let bytes = task.length as usize;
-        let export = &self.shared.exports.all()[at.export];
+        let export = &*at.export;
         let nofollow = task.flags & FLAG_NOFOLLOW != 0;
         let slot = if is_get && bytes > 0 {
             let demand = Demand { connection, bytes, export: None };
@@ -96,10 +97,10 @@ impl Worker {
         };
         let moved = if is_get { response.result } else { 0 };
         let direction = if is_get { Direction::ToClient } else { Direction::None };
-        self.count_for_export(Some(at.export), direction, response.status, moved);
+        self.count_for_export(Some(at.export.place()), direction, response.status, moved);
         self.counters.fast_path.add(1);
         self.respond_now(name, *opcode, response);
-        if self.admission.spend(bytes.max(cached_files::STATUS_BYTES)) && !self.shared.spin.is_zero() {
+        if self.admission.spend(bytes.max(cached_files::STATUS_BYTES)) && !self.settings.spin.is_zero() {
             self.transport.flush_early(&mut self.reactor);
         }
         true
@@ -136,13 +137,14 @@ impl Worker {
         let audited = who.as_ref().filter(|_| is_audited);
         let audited =
             audited.map(|who| Audited::operation(who, command.path, command.other, opcode.operation().name));
-        let located = self.locate(&rights, command);
+        let exports = self.shared.exports.current();
+        let located = Self::locate(&exports, &rights, command);
         let task = match located {
             Ok((Found::Volume(_, _, info), _)) if opcode == Opcode::StatPath => {
                 return Err(Response { body: info.status.as_bytes().into(), ..success(0) });
             }
             Ok((Found::Volume(export, ..), _)) => {
-                let name = self.shared.exports.all()[export].name();
+                let name = export.name();
                 let text = format!("Export {name} has no file system: open /{name} itself.");
                 Err(Rejection { status: Status::storage(libc::EOPNOTSUPP), text })
             }
@@ -156,13 +158,13 @@ impl Worker {
         };
         match task {
             Ok(mut task) => {
-                task.flow = self.flow(connection, task.at.export, &rights);
+                task.flow = self.flow(connection, &task.at.export, &rights);
                 task.audited = audited;
                 if opcode == Opcode::List {
                     task.listing = random::number().max(1);
                 }
                 // What others have left is removed where this server writes, and by its own number alone.
-                task.server = self.shared.exports.all()[task.at.export].number();
+                task.server = task.at.export.number();
                 Ok(Work::Path(Arc::new(task)))
             }
             Err(rejection) => Err(self.path_rejected(Some(connection), audited.as_deref(), rejection)),
@@ -170,14 +172,14 @@ impl Worker {
     }
 
     /// Where a command's path is, and what else it names.
-    fn locate(
-        &self,
+    fn locate<'a>(
+        exports: &'a Exports,
         rights: &crate::keys::Rights,
         command: &PathCommand<'_>,
-    ) -> Result<(Found<'_>, Other), Rejection> {
+    ) -> Result<(Found<'a>, Other), Rejection> {
         let &PathCommand { opcode, path, other, .. } = command;
         let changes = opcode.operation().is_recorded;
-        let (exports, what) = (&self.shared.exports, verb(opcode));
+        let what = verb(opcode);
         let found = exports.locate(rights, what, changes, creates(opcode), path)?;
         let sets_mode = matches!(opcode, Opcode::Put | Opcode::Mkdir) || command.has(FLAG_SET_MODE);
         if sets_mode && command.mode & !0o777 != 0 {
@@ -186,7 +188,7 @@ impl Worker {
         let other = match (opcode, &found) {
             (Opcode::Rename | Opcode::Link, Found::Location(from)) => {
                 match exports.locate(rights, what, true, true, other)? {
-                    Found::Location(to) if to.at.export == from.at.export => Other::Path(to.at),
+                    Found::Location(to) if Arc::ptr_eq(&to.at.export, &from.at.export) => Other::Path(to.at),
                     _ => {
                         let text = "Both paths must be in the same export. Copy the file, and remove it.";
                         return Err(Rejection {
@@ -234,7 +236,8 @@ impl Worker {
         let Some(connection) = self.requests[key].connection else { return };
         let identity = &self.sessions[self.connections[connection].session].session.identity;
         let rights = self.shared.rights(identity);
-        let exports = self.shared.exports.visible(&rights);
+        let exports = self.shared.exports.current();
+        let exports = exports.visible(&rights);
         let response = slot.and_then(|slot| {
             let len = self.requests[key].work.slot_len();
             let mut range = SlotRange { slot, start: 0, len };
@@ -250,12 +253,15 @@ impl Worker {
     /// Begins an operation on a path, with its data or the memory for what it brings.
     pub(super) fn begin_path(&mut self, key: usize, task: Arc<PathTask>, slot: Option<Slot>) {
         let mut room = self.room(key, slot);
-        let shared = Arc::clone(&self.shared);
-        let export = task.at.export;
-        let lanes = shared.exports.all()[export].lanes();
+        let export = &task.at.export;
+        let lanes = export.lanes();
+        let use_of_export = Use::of(export.tenure());
         let lane = if task.waits_for_lease { lanes.lease } else { lanes.control };
         self.call(key, lane, move || -> PathEnd {
-            let result = task.run(&shared.exports.all()[export], &mut room);
+            let export = &task.at.export;
+            let is_over = export.tenure().is_over();
+            let result = if is_over { Err(export.is_over()) } else { task.run(export, &mut room) };
+            drop(use_of_export);
             (result, room)
         });
     }
@@ -269,7 +275,7 @@ impl Worker {
         slot: Option<Slot>,
     ) {
         let mut room = self.room(key, slot);
-        let lane = self.shared.exports.all()[listing.export].lanes().control;
+        let lane = listing.lanes.control;
         self.call(key, lane, move || -> PathEnd {
             let page = next_page(&listing, is_odd, &mut room);
             (page.map_err(listing_failed), room)
@@ -322,7 +328,12 @@ impl Worker {
         let Some(connection) = connection else { return Ok(()) };
         let account = self.connections[connection].account();
         let session = &self.sessions[self.connections[connection].session].session;
-        session.begin_listing(listing, account)
+        session.begin_listing(listing, account)?;
+        if listing.lanes.tenure.is_over() {
+            // It may be too late for who ends those of an export that has gone.
+            session.end_listing(listing.id);
+        }
+        Ok(())
     }
 
     /// Records an operation, if there is an audit log.

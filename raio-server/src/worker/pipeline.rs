@@ -11,6 +11,7 @@ use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange
 use raio_transport::{Status, mux};
 
 use super::admission::{Demand, StallCheck};
+use super::command::EXPORT_CHANGED;
 use super::connections::Connections;
 use super::requests::Cancel;
 use super::throttled::Waiting;
@@ -22,13 +23,14 @@ use crate::open::{OpenResult, Opening};
 use crate::request::{
     Copying, Request, State, Step, Work, WorkerFile, cancelled, failure, shutting_down, success,
 };
+use crate::tenure::Use;
 use crate::volume::Context;
 
 impl Worker {
     /// Begins a request. Returns its key.
     pub(super) fn begin(&mut self, connection: usize, key: RequestKey, opcode: Opcode, work: Work) -> usize {
         // If there is no other export its requests may have all.
-        let export = if self.shared.exports.all().len() > 1 { work.hanging_export() } else { None };
+        let export = if self.shared.exports.are_several() { work.hanging_export() } else { None };
         let arrived = self.arrived(opcode);
         let is_limited = work.flow().is_some();
         let request = self.requests.begin(connection, (key, opcode, arrived), work, export);
@@ -220,7 +222,7 @@ impl Worker {
     /// Closes connections that hold memory and make no progress, if others have been waiting for it for the
     /// stall timeout.
     pub(super) fn evict_stalled(&mut self) {
-        let timeout = self.shared.policy.stall_timeout;
+        let timeout = self.settings.stall_timeout;
         if self.admission.may_be_stalled()
             && let Some(StallCheck { close, next }) =
                 self.admission.check_stalled(self.reactor.clock().read(), timeout)
@@ -330,11 +332,14 @@ impl Worker {
     }
 
     fn begin_open(&mut self, key: usize, opening: Arc<Opening>) {
-        let shared = Arc::clone(&self.shared);
-        let lanes = shared.exports.all()[opening.at.export].lanes();
+        let lanes = opening.at.export.lanes();
         let lane = if opening.waits_for_lease { lanes.lease } else { lanes.control };
+        let use_of_export = Use::of(opening.at.export.tenure());
         self.call(key, lane, move || -> OpenResult {
-            opening.open(&shared.exports.all()[opening.at.export])
+            let export = &opening.at.export;
+            let result = if export.tenure().is_over() { Err(export.is_over()) } else { opening.open(export) };
+            drop(use_of_export);
+            result
         });
     }
 
@@ -419,6 +424,10 @@ impl Worker {
                 let response = self.requests[key].work.abandoned();
                 self.ended(key, response);
             }
+            Step::Again(_) | Step::Piece | Step::Blocking(_) if self.requests[key].is_revoked => {
+                let response = self.requests[key].work.abandoned();
+                self.ended(key, response);
+            }
             Step::Piece => self.next_piece(key),
             Step::Again(operation) => self.submit(key, operation, false),
             Step::Blocking(operation) => self.submit(key, operation, true),
@@ -468,6 +477,12 @@ impl Worker {
         let request = &mut self.requests[key];
         let (name, opcode, arrived) = (request.key, request.opcode, request.arrived);
         let cancel_request = request.cancel_request.take();
+        let is_stale = request.is_revoked && response.status.errno == libc::ECANCELED;
+        let response = if is_stale && cancel_request.is_none() {
+            failure(Status::storage(libc::ESTALE), EXPORT_CHANGED)
+        } else {
+            response
+        };
         let request = &self.requests[key];
         let Some(connection) = request.connection else { return self.orphan_ended(key, &response) };
         if self.counts_requests {
@@ -597,6 +612,26 @@ impl Worker {
             Cancel::WhenFetched => {}
             Cancel::Executing if self.take_back(key).is_some() => self.answer(key, cancelled()),
             Cancel::Executing => self.cancel_operation(key),
+        }
+    }
+
+    /// Has this worker leave the exports that are over: it closes what it has open of them, and ends the
+    /// requests on them as far as that goes.
+    #[cold]
+    pub(super) fn leave_exports(&mut self) {
+        self.sessions.forget_closed();
+        self.cached.end_iteration();
+        for key in self.requests.revoked() {
+            self.requests.revoke(key);
+            let Some(connection) = self.requests[key].connection else { continue };
+            if self.requests[key].state == State::Fetching {
+                // Its data comes when its client sends it. Until then the file is not kept open for it.
+                let session = self.connections[connection].session;
+                let handle = self.requests[key].work.file().map(|file| file.handle);
+                let successor = handle.and_then(|handle| self.sessions.file(session, handle));
+                self.requests.give_up_file(key, successor);
+            }
+            self.cancel(connection, key);
         }
     }
 }

@@ -2,12 +2,13 @@
 
 use std::collections::VecDeque;
 use std::ops::{Index, IndexMut};
+use std::rc::Rc;
 use std::time::Instant;
 
 use raio_transport::protocol::Opcode;
 use raio_transport::transport::RequestKey;
 
-use crate::request::{Request, State, Work};
+use crate::request::{Request, State, Work, WorkerFile};
 
 /// See the module documentation. A request's key is its index here, which is also its key at the engine.
 #[derive(Debug, Default)]
@@ -59,6 +60,7 @@ impl Requests {
             slot_bytes: 0,
             export,
             is_cancelled: false,
+            is_revoked: false,
             cancel_request: None,
             operation: None,
         });
@@ -128,6 +130,25 @@ impl Requests {
             State::Fetching => Cancel::WhenFetched,
             State::Executing => Cancel::Executing,
         }
+    }
+
+    /// The export of a request is over.
+    pub fn revoke(&mut self, request: usize) {
+        self[request].is_revoked = true;
+    }
+
+    /// A write whose data is still to come has this in the place of its file.
+    pub fn give_up_file(&mut self, request: usize, successor: Option<Rc<WorkerFile>>) {
+        if let (Work::Write(file, _), Some(successor)) = (&mut self[request].work, successor) {
+            *file = successor;
+        }
+    }
+
+    /// Those that are of exports which are over, oldest first for each connection.
+    pub fn revoked(&self) -> Vec<usize> {
+        let is_revoked = |request: &Request| !request.is_revoked && request.work.is_revoked();
+        let all = self.all.iter().enumerate();
+        all.filter(|(_, request)| request.as_ref().is_some_and(is_revoked)).map(|(key, _)| key).collect()
     }
 
     /// How many are in a state.

@@ -49,7 +49,7 @@ fn worker_of(exports: Exports, config: &Config) -> Worker {
 fn worker_within(limits: Arc<Limits>, exports: Exports, config: &Config) -> Worker {
     let shared = Shared::new(config, exports, Sessions::new(16, limits)).expect("there is no trace");
     let (worker, started) =
-        Worker::new(0, Arc::new(shared), Arc::new(Counters::new(1)), None).expect("a worker starts");
+        Worker::new(0, Arc::new(shared), Arc::new(Counters::new(1, 1)), None).expect("a worker starts");
     assert!(started.fallback.is_none(), "these tests are for io_uring, but {:?}", started.fallback);
     worker
 }

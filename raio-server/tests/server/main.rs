@@ -11,5 +11,6 @@ mod paths;
 #[path = "../../../tests/random/mod.rs"]
 mod random;
 mod ranges;
+mod reload;
 mod sandbox;
 mod startup;

@@ -43,11 +43,11 @@ fn pair(can_cancel: bool) -> Pair {
     let config = options.check(2).expect("the options make sense");
     let (volume, image) = Image::new(can_cancel);
     let lanes = Lanes::new(Pool::start().unwrap());
-    let exports = Exports::of(vec![Export::of_volume("v", volume, SIZE, lanes)]);
+    let exports = Exports::of(vec![Arc::new(Export::of_volume("v", volume, SIZE, lanes))]);
     let shared = Shared::new(&config, exports, Sessions::new(16, no_limits())).expect("there is no trace");
     let shared = Arc::new(shared);
     let start = |index| {
-        let counters = Arc::new(Counters::new(1));
+        let counters = Arc::new(Counters::new(1, 1));
         Worker::new(index, Arc::clone(&shared), counters, None).expect("a worker starts")
     };
     let [(first, to_first), (second, to_second)] = [0, 1].map(start);

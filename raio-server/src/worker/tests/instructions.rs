@@ -79,7 +79,7 @@ fn scenario(
         submit(client, direction, file, first, &mut buffers);
         while replies.len() < depth {
             // Or the worker would look in vain now and then, and be counted.
-            while !worker.shared.exports.all()[0].lanes().data.is_idle() {
+            while !worker.shared.exports.current().all()[0].lanes().data.is_idle() {
                 std::thread::sleep(POOL);
             }
             serve(worker);

@@ -196,7 +196,7 @@ fn bench(volume: impl Volume + 'static) -> Bench {
     let options = Options::parse_from(["raio_server", "--export", "unused=null:1", "--memory", "128M"]);
     let config = options.check(1).expect("the options make sense");
     let lanes = Lanes::new(Pool::start().unwrap());
-    let exports = Exports::of(vec![Export::of_volume("v", volume, SIZE, lanes)]);
+    let exports = Exports::of(vec![Arc::new(Export::of_volume("v", volume, SIZE, lanes))]);
     let mut worker = worker_of(exports, &config);
     let mut client = connect(&mut worker);
     let file = open(&mut worker, &mut client, OPEN_READ | OPEN_WRITE, b"/v");

@@ -53,8 +53,8 @@ impl Server {
         let exports = (0..FILES as u32).map(|file| {
             let volume = SimulatedFile { disk: Arc::clone(disk), file };
             let verifier = lock(disk).verifier(file as usize);
-            Export::of_volume(&name(file), volume, FILE_BYTES, LANES.clone())
-                .known_as(identity(file as usize), verifier)
+            let export = Export::of_volume(&name(file), volume, FILE_BYTES, LANES.clone());
+            Arc::new(export.known_as(identity(file as usize), verifier).at_place(file as usize))
         });
         let exports = Exports::of(exports.collect());
         let room = Room { descriptors: 1024, files: 512, bytes: 1 << 24, workers: WORKERS };
