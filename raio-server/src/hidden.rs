@@ -11,7 +11,6 @@
 //! | `DevicePolicy=` | the open of a device fails with EPERM, which permissions do not cause |
 
 use std::ffi::OsString;
-use std::fmt::Write;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
@@ -197,15 +196,17 @@ impl Hiding {
                 format!("DeviceAllow={quoted} {rights}"),
             ),
         };
-        let mut text = format!("{why}. Write /etc/systemd/system/{unit}.d/exports.conf:\n");
         // Devices have no mount to wait for.
-        if !matches!(self, Self::Devices | Self::DevicePolicy) {
-            let _ = writeln!(text, "    [Unit]\n    RequiresMountsFor={quoted}");
-        }
-        let settings = settings.replace('\n', "\n    ");
-        let _ = write!(text, "    [Service]\n    {settings}\nThen: ");
-        let _ = write!(text, "systemctl daemon-reload && systemctl restart {unit}");
-        text
+        let is_device = matches!(self, Self::Devices | Self::DevicePolicy);
+        let mounts = if is_device { String::new() } else { format!("[Unit]\nRequiresMountsFor={quoted}\n") };
+        // A message is one line of the log.
+        let lines = format!("{mounts}[Service]\n{settings}");
+        let lines: Vec<_> = lines.lines().map(|line| format!("`{line}`")).collect();
+        format!(
+            "{why}. Write /etc/systemd/system/{unit}.d/exports.conf with the lines {}. Then: systemctl \
+             daemon-reload && systemctl restart {unit}",
+            lines.join(", ")
+        )
     }
 }
 
@@ -279,12 +280,12 @@ mod tests {
         assert_eq!(
             hiding.remedy("raio-server.service", Path::new("/home/x"), true),
             "systemd hides /home from this service (ProtectHome=). Write \
-             /etc/systemd/system/raio-server.service.d/exports.conf:\n    [Unit]\n    \
-             RequiresMountsFor=/home/x\n    [Service]\n    ProtectHome=tmpfs\n    BindPaths=/home/x\nThen: \
+             /etc/systemd/system/raio-server.service.d/exports.conf with the lines `[Unit]`, \
+             `RequiresMountsFor=/home/x`, `[Service]`, `ProtectHome=tmpfs`, `BindPaths=/home/x`. Then: \
              systemctl daemon-reload && systemctl restart raio-server.service"
         );
         let text = Hiding::DevicePolicy.remedy("a.service", Path::new("/dev/sda"), false);
-        assert!(text.contains("exports.conf:\n    [Service]\n    DeviceAllow=/dev/sda r\nThen"), "{text}");
+        assert!(text.contains("with the lines `[Service]`, `DeviceAllow=/dev/sda r`. Then"), "{text}");
     }
 
     #[test]

@@ -43,6 +43,7 @@ pub struct Service {
     watchdog: Option<Duration>,
     /// What must not get lost, for which the socket had no room.
     unsent: VecDeque<String>,
+    is_ending: bool,
     /// The status that was sent last.
     status: String,
     /// When it was told last that the start takes longer.
@@ -103,7 +104,7 @@ impl Service {
 
     /// The server serves, for the first time or with its new configuration.
     pub fn ready(&mut self) {
-        self.tell("READY=1".to_owned());
+        self.tell_unless_ending("READY=1".to_owned());
     }
 
     /// The server has taken the place of the one that was the service's main process.
@@ -116,12 +117,13 @@ impl Service {
     pub fn reloading(&mut self) {
         let now = clock_gettime(ClockId::Monotonic);
         let now_us = now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000;
-        self.tell(format!("RELOADING=1\nMONOTONIC_USEC={now_us}"));
+        self.tell_unless_ending(format!("RELOADING=1\nMONOTONIC_USEC={now_us}"));
     }
 
     /// The server ends.
     pub fn stopping(&mut self) {
         self.tell("STOPPING=1".to_owned());
+        self.is_ending = true;
     }
 
     /// Another process takes the place of this one, which ends. What that one says of the watchdog holds;
@@ -161,6 +163,13 @@ impl Service {
         }
         if !text.is_empty() && self.send(&text) && is_new {
             status.clone_into(&mut self.status);
+        }
+    }
+
+    /// The manager does not hear of a reload behind the end.
+    fn tell_unless_ending(&mut self, text: String) {
+        if !self.is_ending {
+            self.tell(text);
         }
     }
 
@@ -289,6 +298,7 @@ mod tests {
         assert!(text.starts_with("RELOADING=1\nMONOTONIC_USEC="), "{text}");
         service.stopping();
         assert_eq!(heard(&manager).unwrap(), "STOPPING=1");
+        service.ready();
         assert_eq!(heard(&manager), None);
     }
 

@@ -105,7 +105,9 @@ fn the_manager_hears_how_its_service_is() {
     const WATCHDOG: Duration = Duration::from_millis(400);
     let manager = Manager::new();
     let mut command = manager.command();
-    command.args(["--listen", "tcp://127.0.0.1:0"]);
+    let file = manager.path("raio.toml");
+    fs::write(&file, "linger = 60\n").expect("a file");
+    command.args(["--listen", "tcp://127.0.0.1:0"]).arg("--config").arg(file);
     command.env("WATCHDOG_USEC", WATCHDOG.as_micros().to_string());
     let mut server = Server::spawn(command);
     manager.hear_of("READY=1");
