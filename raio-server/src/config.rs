@@ -141,8 +141,8 @@ pub struct Options {
     /// Give up what a server does not need: other files, system calls, capabilities [default: on]
     #[arg(long, value_enum)]
     sandbox: Option<SandboxMode>,
-    /// Read options from this TOML file; they have the names of these, without the dashes in front. It is read
-    /// again at SIGHUP
+    /// Read options from this TOML file; they have the names of these, without the dashes in front. SIGHUP
+    /// has it read again
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     config: Option<PathBuf>,
@@ -376,7 +376,6 @@ impl Config {
             self.hand_over == new.hand_over => "hand-over",
             self.keys == new.keys => "keys",
             self.has_kernel_tls == new.has_kernel_tls => "ktls",
-            self.made.options.clear == new.made.options.clear => "clear",
             self.is_open_to_others == new.is_open_to_others => "clear",
             self.audit == new.audit => "audit",
             self.audit_full == new.audit_full => "audit-full",
@@ -1137,7 +1136,6 @@ mod tests {
             "state = '/x'",
             "hand-over = '/x'",
             "keys = '/x'",
-            "clear = true",
             "audit = '/x'",
             "audit-full = 'wait'",
             "strict = true",

@@ -115,7 +115,7 @@ struct ExportPlan {
 
 impl Reloader {
     /// Reads the configuration file again, and who may connect, and applies it. Returns what has changed, a
-    /// sentence each. After an error nothing has.
+    /// line each. After an error nothing has.
     pub fn reload(&self) -> anyhow::Result<Vec<String>> {
         let result = self.try_reload();
         self.shared.last_reload_failed.store(result.is_err(), Ordering::Relaxed);
@@ -452,7 +452,7 @@ fn describe_export(spec: &ExportSpec) -> String {
     options.fold(source, |text, (_, option)| text + ", " + option)
 }
 
-/// What else has changed, a sentence each.
+/// What else has changed, a line each.
 fn describe_settings(old: &Config, new: &Config) -> Vec<String> {
     let mut texts = Vec::new();
     let mut note = |is_same: bool, key: &str, value: String| {

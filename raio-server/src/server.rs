@@ -950,7 +950,7 @@ fn warn_if_unreadable(config: &Config) {
         && let Err(error) = std::fs::File::open(path)
     {
         tracing::warn!(
-            "The user that the server runs as cannot read {} ({error}), so SIGHUP will not apply what changes \
+            "The user that the server runs as cannot read {} ({error}), so SIGHUP will not apply changes \
              there. Let that user read it.",
             path.display()
         );

@@ -434,8 +434,8 @@ impl Throttles {
         let mut flows = lock(&self.flows);
         let key = (holder, export);
         let known = flows.get(&key);
-        // A client that had no rates on all exports when it began has them now, or the other way round, or the
-        // export has: its flow is replaced.
+        // A client that had no rates on all exports when it began has them now, or the other way round, or
+        // the export has: its flow is replaced.
         let fits = |flow: &Arc<Flow>| {
             (flow.client.is_some(), flow.export.is_some()) == (client.is_some(), queue.is_some())
         };
