@@ -62,8 +62,13 @@ pub(crate) fn bind_id(owner: &[u8], id: &[u8; 16]) -> [u8; 16] {
 /// What tells one secret from another in a log, and tells nothing else of it: the first 4 bytes of its
 /// SHA-256, in hexadecimal.
 pub fn fingerprint(secret: &[u8]) -> String {
+    fingerprint_of(secret, 4)
+}
+
+/// The same of more bytes: what tells one from any other.
+pub fn fingerprint_of(secret: &[u8], bytes: usize) -> String {
     let hash = digest::digest(&SHA256, secret);
-    hash.as_ref()[..4].iter().map(|byte| format!("{byte:02x}")).collect()
+    hash.as_ref()[..bytes].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl fmt::Display for PublicKey {

@@ -178,6 +178,86 @@ impl Ring {
     }
 }
 
+/// A trace as text, for those who write it to something else than a file: [`TraceText::head`], then of each
+/// thread its name and its records, then [`TraceText::TAIL`].
+#[derive(Clone, Copy, Debug)]
+pub struct TraceText {
+    process_name: &'static str,
+    clock: Clock,
+}
+
+impl TraceText {
+    /// What comes last.
+    pub const TAIL: &'static str = TAIL;
+
+    /// Of a process whose records are of this clock.
+    pub fn new(process_name: &'static str, clock: Clock) -> Self {
+        Self { process_name, clock }
+    }
+
+    /// What comes first, if no clock is to be compared with another one.
+    pub fn head(&self) -> String {
+        let head = head(self.process_name, Some((0, 0)), 0);
+        format!("{head}{EVENTS}{}", self.process())
+    }
+
+    fn process(&self) -> String {
+        let (pid, name) = (std::process::id(), self.process_name);
+        format!("{{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":{pid},\"args\":{{\"name\":{name:?}}}}}")
+    }
+
+    /// A thread, whose records follow. The name is plain ASCII.
+    pub fn thread(&self, thread: u32, name: &str, ring: &Ring) -> String {
+        format!(
+            ",\n{{\"name\":\"thread_name\",\"ph\":\"M\",\"pid\":{},\"tid\":{thread},\
+             \"args\":{{\"name\":{name:?},\"overwritten\":{}}}}}",
+            std::process::id(),
+            ring.overwritten()
+        )
+    }
+
+    /// Records of a thread.
+    pub fn records<'a>(&self, thread: u32, records: impl Iterator<Item = &'a Record>) -> String {
+        let (pid, mut text) = (std::process::id(), String::new());
+        for record in records {
+            let phase = match record.phase {
+                Phase::Begin => 'b',
+                Phase::Point => 'n',
+                Phase::End => 'e',
+            };
+            let ns = self.clock.realtime_ns + record.time_ns;
+            // Writing to a string cannot fail.
+            let _ = write!(
+                text,
+                ",\n{{\"name\":{:?},\"cat\":\"request\",\"ph\":\"{phase}\",\"id\":\"{}-{:x}\",\"pid\":{pid},\
+                 \"tid\":{thread},\"ts\":{}.{:03},\"args\":{{\"bytes\":{}}}}}",
+                record.name,
+                record.connection,
+                record.request,
+                ns / 1000,
+                ns % 1000,
+                record.bytes
+            );
+        }
+        text
+    }
+}
+
+/// What comes before the events: how far the server's clock is ahead, and by how much that may be wrong, in
+/// nanoseconds; and how many records were lost.
+fn head(process_name: &str, offset_ns: Option<(i64, u64)>, dropped: u64) -> String {
+    let (offset, error) = match offset_ns {
+        Some((offset, error)) => (micros(offset), micros(error as i64)),
+        None => ("null".into(), "null".into()),
+    };
+    format!(
+        "{{\"displayTimeUnit\":\"ns\",\"otherData\":{{\"process\":{process_name:?},\"clock\":\"realtime\",\
+         \"clock_offset_us\":{offset},\"clock_error_us\":{error},\"dropped\":{dropped}}},"
+    )
+}
+
+/// Before the first event.
+const EVENTS: &str = "\"traceEvents\":[\n";
 /// What ends the file, and is overwritten by the next events: the file is valid at any time.
 const TAIL: &str = "\n]}\n";
 /// Bytes before the first event. What is not needed of them is filled with spaces, so that they can be
@@ -225,11 +305,12 @@ impl TraceFile {
             .open(path)?;
         let mut this = Self { file, process_name, clock, offset_ns, dropped: 0, end: HEAD_BYTES as u64 };
         this.write_head()?;
-        let pid = std::process::id();
-        this.append_text(&format!(
-            "{{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":{pid},\"args\":{{\"name\":{process_name:?}}}}}"
-        ))?;
+        this.append_text(&this.text().process())?;
         Ok(this)
+    }
+
+    fn text(&self) -> TraceText {
+        TraceText::new(self.process_name, self.clock)
     }
 
     /// The clock of all records of this file.
@@ -254,50 +335,17 @@ impl TraceFile {
     }
 
     fn write_head(&self) -> io::Result<()> {
-        let (offset, error) = match self.offset_ns {
-            Some((offset, error)) => (micros(offset), micros(error as i64)),
-            None => ("null".into(), "null".into()),
-        };
-        let head = format!(
-            "{{\"displayTimeUnit\":\"ns\",\"otherData\":{{\"process\":{:?},\"clock\":\"realtime\",\
-             \"clock_offset_us\":{offset},\"clock_error_us\":{error},\"dropped\":{}}},",
-            self.process_name, self.dropped
-        );
-        let events = "\"traceEvents\":[\n";
-        let padded = format!("{head:<0$}{events}", HEAD_BYTES - events.len());
+        let head = head(self.process_name, self.offset_ns, self.dropped);
+        let padded = format!("{head:<0$}{EVENTS}", HEAD_BYTES - EVENTS.len());
         self.file.write_all_at(padded.as_bytes(), 0)
     }
 
     /// Appends what a thread's ring has, in one write. The name is plain ASCII. If that fails, the file stays
     /// as it was.
     pub fn append(&mut self, thread: u32, thread_name: &str, ring: &Ring) -> io::Result<()> {
-        let pid = std::process::id();
-        let mut text = format!(
-            ",\n{{\"name\":\"thread_name\",\"ph\":\"M\",\"pid\":{pid},\"tid\":{thread},\
-             \"args\":{{\"name\":{thread_name:?},\"overwritten\":{}}}}}",
-            ring.overwritten()
-        );
-        for record in ring.records() {
-            let phase = match record.phase {
-                Phase::Begin => 'b',
-                Phase::Point => 'n',
-                Phase::End => 'e',
-            };
-            let ns = self.clock.realtime_ns + record.time_ns;
-            // Writing to a string cannot fail.
-            let _ = write!(
-                text,
-                ",\n{{\"name\":{:?},\"cat\":\"request\",\"ph\":\"{phase}\",\"id\":\"{}-{:x}\",\"pid\":{pid},\
-                 \"tid\":{thread},\"ts\":{}.{:03},\"args\":{{\"bytes\":{}}}}}",
-                record.name,
-                record.connection,
-                record.request,
-                ns / 1000,
-                ns % 1000,
-                record.bytes
-            );
-        }
-        self.append_text(&text)
+        let text = self.text();
+        let records = text.records(thread, ring.records());
+        self.append_text(&(text.thread(thread, thread_name, ring) + &records))
     }
 
     fn append_text(&mut self, text: &str) -> io::Result<()> {
@@ -360,6 +408,24 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/nowhere", &path).unwrap();
         assert!(TraceFile::of_client(&path, "test").is_err(), "links are not followed");
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_trace_in_parts_is_the_same_as_one_in_a_file() {
+        let path = std::env::temp_dir().join(format!("raio-parts-{}-{:p}", std::process::id(), &0));
+        let _ = std::fs::remove_file(&path);
+        let clock = Clock::new();
+        let mut file = TraceFile::of_server(&path, "test", clock).unwrap();
+        let mut ring = Ring::new(4);
+        (0..6).for_each(|n| ring.push(record(n, Phase::Point)));
+        file.append(3, "worker 3", &ring).unwrap();
+        let text = TraceText::new("test", clock);
+        let mut parts = text.head() + &text.thread(3, "worker 3", &ring);
+        ring.records().for_each(|record| parts += &text.records(3, std::iter::once(record)));
+        parts += TraceText::TAIL;
+        let without_spaces = |text: &str| text.replace(' ', "");
+        assert_eq!(without_spaces(&parts), without_spaces(&std::fs::read_to_string(&path).unwrap()));
         std::fs::remove_file(&path).unwrap();
     }
 

@@ -137,6 +137,11 @@ pub enum Event {
         /// How.
         reason: &'static str,
     },
+    /// An administrator ends a session.
+    Kill {
+        /// Which.
+        by: String,
+    },
     /// A session has ended: its files are closed.
     End,
     /// Records are missing here.

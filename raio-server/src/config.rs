@@ -4,6 +4,7 @@
 //! option, or the file with line and column, and the right form.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -24,6 +25,7 @@ use crate::tuning::options::{
     IO_BYTES_MIN, LINGER_DEFAULT, LINGER_MAX, QUEUE_DEPTH_DEFAULT, SESSIONS_DEFAULT, SESSIONS_MAX,
     SPIN_US_DEFAULT, SPIN_US_MAX, STALL_TIMEOUT_DEFAULT, STALL_TIMEOUT_MAX, WORKERS_MAX,
 };
+use crate::tuning::slow;
 
 const LISTEN_DEFAULT: &str = "tcp://127.0.0.1:7240";
 /// What sun_path has room for.
@@ -83,6 +85,9 @@ pub struct Options {
     /// message, for this time [default: 2]
     #[arg(long, value_name = "SECONDS", value_parser = number::<u64>)]
     stall_timeout: Option<u64>,
+    /// Note a request that takes this long among the slow ones, which the admin socket shows [default: 100]
+    #[arg(long, value_name = "MILLISECONDS", value_parser = number::<u64>)]
+    slow: Option<u64>,
     /// How long the session of a client whose connection has broken is kept for it, at most [default: 90]
     #[arg(long, value_name = "SECONDS", value_parser = number::<u64>)]
     linger: Option<u64>,
@@ -113,6 +118,21 @@ pub struct Options {
     /// then listen there for the next server [default: nothing is handed over]
     #[arg(long, value_name = "PATH")]
     hand_over: Option<PathBuf>,
+    /// Serve metrics and a status page over HTTP there, HOST:PORT [default: nothing is served by HTTP]
+    #[arg(long, value_name = "HOST:PORT")]
+    http: Option<String>,
+    /// A name by which browsers and scrapers reach what --http serves, beside IP addresses and localhost;
+    /// repeatable
+    #[arg(long, value_name = "NAME")]
+    http_host: Vec<String>,
+    /// Let those who send what this file holds, as a bearer token, read over HTTP who the clients are and what
+    /// they do [default: the admin socket alone tells that]
+    #[arg(long, value_name = "FILE")]
+    http_token: Option<PathBuf>,
+    /// Serve the same at this Unix socket, and take commands there, from root and the user of the server
+    /// [default: there is none]
+    #[arg(long, value_name = "PATH")]
+    admin: Option<PathBuf>,
     /// Take only clients that have keys, over TLS: DIRECTORY has the server's own key, which is made at the
     /// first start, and who may connect, clients.toml [default: clients need no keys, and nothing is sealed]
     #[arg(long, value_name = "DIRECTORY")]
@@ -166,6 +186,8 @@ pub(crate) struct Made {
     available: MemoryLimit,
     /// `--listen`, or what is in its place.
     urls: Vec<String>,
+    /// `--http`.
+    http: Option<String>,
     /// `--memory`.
     memory: Option<Size>,
     /// Where the file has its keys.
@@ -313,6 +335,8 @@ pub struct Config {
     pub places_bytes: usize,
     /// While others wait for memory, a connection that makes no progress for so long is closed.
     pub stall_timeout: Duration,
+    /// A request that takes this long is slow.
+    pub slow: Duration,
     /// The longest that a channel whose connection has broken is kept.
     pub linger: Duration,
     /// What was asked for.
@@ -325,6 +349,14 @@ pub struct Config {
     pub state: Option<PathBuf>,
     /// Where servers hand over to one another.
     pub hand_over: Option<PathBuf>,
+    /// Where HTTP is served over TCP.
+    pub http: Vec<SocketAddr>,
+    /// The names of the server in HTTP.
+    pub http_names: Vec<String>,
+    /// Where the token is for what is private.
+    pub http_token: Option<PathBuf>,
+    /// Where the admin socket is.
+    pub admin: Option<PathBuf>,
     /// Where the server's key is, and who may connect. None: anybody.
     pub keys: Option<PathBuf>,
     /// The kernel seals and opens the records of TLS.
@@ -380,6 +412,9 @@ impl Config {
             self.audit == new.audit => "audit",
             self.audit_full == new.audit_full => "audit-full",
             self.is_strict == new.is_strict => "strict",
+            self.http_names == new.http_names => "http-host",
+            self.http_token == new.http_token => "http-token",
+            self.admin == new.admin => "admin",
             self.user == new.user => "user",
             self.is_sandboxed == new.is_sandboxed => "sandbox",
             self.exports_beneath == new.exports_beneath => "exports-beneath",
@@ -488,12 +523,17 @@ impl Options {
             spin_us unless is_none,
             memory unless is_none,
             stall_timeout unless is_none,
+            slow unless is_none,
             linger unless is_none,
             backend unless is_none,
             log unless is_none,
             trace unless is_none,
             state unless is_none,
             hand_over unless is_none,
+            http unless is_none,
+            http_host unless is_empty,
+            http_token unless is_none,
+            admin unless is_none,
             keys unless is_none,
             audit unless is_none,
             audit_full unless is_none,
@@ -591,8 +631,49 @@ impl Options {
             );
         }
 
+        if let Some(running) = running {
+            ensure!(options.http == running.made.http, "{}", only_at_the_start(&name("http")));
+        }
+        let known = running.map(|running| running.http.clone());
+        let http = match &options.http {
+            Some(_) if known.is_some() => known.unwrap_or_default(),
+            Some(place) => http_addresses(place).map_err(|why| anyhow!("{} {place}: {why}", name("http")))?,
+            None => Vec::new(),
+        };
+        for (option, is_given) in
+            [("http-host", !options.http_host.is_empty()), ("http-token", options.http_token.is_some())]
+        {
+            ensure!(
+                !is_given || options.http.is_some(),
+                "{} is about what --http serves, and that is not given. Add --http HOST:PORT, or leave this \
+                 out.",
+                name(option)
+            );
+        }
+        for host in &options.http_host {
+            let is_name = !host.is_empty()
+                && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+            ensure!(
+                is_name,
+                "{} {host:?} is not a host name. Write it without scheme and port, such as store.example.com.",
+                name("http-host")
+            );
+        }
+        if let Some(path) = &options.admin {
+            let is_taken = options.hand_over.as_ref() == Some(path)
+                || listen.iter().any(|(_, at)| *at == Endpoint::Unix(path.clone()));
+            ensure!(
+                !is_taken,
+                "{}: {} is used by another option, too. Give a path of its own.",
+                name("admin"),
+                path.display()
+            );
+            check_socket_path(path).map_err(|why| anyhow!("{}: {why}", name("admin")))?;
+        }
         if let Some(path) = &options.hand_over {
-            check_hand_over(path, &listen).map_err(|why| anyhow!("{}: {why}", name("hand-over")))?;
+            let http_sockets = http.len() + usize::from(options.admin.is_some());
+            check_hand_over(path, &listen, http_sockets)
+                .map_err(|why| anyhow!("{}: {why}", name("hand-over")))?;
         }
 
         let workers = options.workers.unwrap_or(cores.clamp(1, WORKERS_MAX));
@@ -685,6 +766,8 @@ impl Options {
             "{} is {stall_timeout}. Give a number of seconds from 1 to {STALL_TIMEOUT_MAX}.",
             name("stall-timeout")
         );
+        let slow = options.slow.unwrap_or(slow::DEFAULT_MS);
+        ensure!(slow > 0, "{} is 0. Give a number of milliseconds.", name("slow"));
         let linger = options.linger.unwrap_or(LINGER_DEFAULT);
         ensure!(
             linger <= LINGER_MAX,
@@ -704,6 +787,7 @@ impl Options {
             cores,
             available,
             urls,
+            http: options.http,
             memory: options.memory,
             places: options.places,
             overridden,
@@ -723,12 +807,17 @@ impl Options {
             heap_bytes: (split.heap / workers as u64) as usize,
             places_bytes: split.places as usize,
             stall_timeout: Duration::from_secs(stall_timeout),
+            slow: Duration::from_millis(slow),
             linger: Duration::from_secs(linger),
             backend: options.backend.unwrap_or(BackendKind::Uring),
             log: options.log.unwrap_or(LogLevel::Info),
             trace: options.trace,
             state: options.state,
             hand_over: options.hand_over,
+            http,
+            http_names: options.http_host,
+            http_token: options.http_token,
+            admin: options.admin,
             is_open_to_others,
             keys: options.keys,
             has_kernel_tls: options.ktls,
@@ -750,11 +839,12 @@ fn only_at_the_start(key: &str) -> String {
     )
 }
 
-/// Whether servers that listen there can hand over at this path.
-fn check_hand_over(path: &Path, listen: &[(Scheme, Endpoint)]) -> anyhow::Result<()> {
+/// Whether a Unix socket can be at this path, for other processes to find.
+fn check_socket_path(path: &Path) -> anyhow::Result<()> {
     ensure!(
         path.is_absolute(),
-        "{} is not a path from / on. Another server would look for it in its own directory. Write it whole.",
+        "{} is not a path from / on. Other processes would look for it in their own directory. Write it \
+         whole.",
         path.display()
     );
     ensure!(
@@ -762,13 +852,30 @@ fn check_hand_over(path: &Path, listen: &[(Scheme, Endpoint)]) -> anyhow::Result
         "{} is longer than {SOCKET_PATH_BYTES_MAX} bytes. Give a shorter path.",
         path.display()
     );
-    let sockets = listen.iter().filter(|(scheme, _)| *scheme != Scheme::Rdma).count();
+    Ok(())
+}
+
+/// Whether servers that listen there, and at a number of sockets for HTTP, can hand over at this path.
+fn check_hand_over(path: &Path, listen: &[(Scheme, Endpoint)], http_sockets: usize) -> anyhow::Result<()> {
+    check_socket_path(path)?;
+    let sockets = listen.iter().filter(|(scheme, _)| *scheme != Scheme::Rdma).count() + http_sockets;
     ensure!(
         sockets <= HANDED_OVER_MAX,
         "no more than {HANDED_OVER_MAX} listening sockets can be handed over, and there are {sockets}. \
          Listen on fewer addresses, such as 0.0.0.0 for all, or leave this out."
     );
     Ok(())
+}
+
+/// The addresses of `--http`. The error says why not, and the right form.
+fn http_addresses(place: &str) -> anyhow::Result<Vec<SocketAddr>> {
+    const FORM: &str = "Write HOST:PORT, such as 127.0.0.1:7241";
+    ensure!(!place.contains("://") && place.contains(':'), "it is not an address with a port. {FORM}.");
+    let address = Address::parse(&format!("tcp://{place}")).map_err(|why| anyhow!("{why}. {FORM}."))?;
+    let found = address.resolve().map_err(|error| {
+        anyhow!("{error}. Give an address or a host name of this machine, or 0.0.0.0 or [::] for all.")
+    })?;
+    Ok(found.iter().filter_map(Endpoint::ip).collect())
 }
 
 /// The addresses of a URL to listen on. The error says why not, and the right form.
@@ -892,6 +999,30 @@ mod tests {
     }
 
     #[test]
+    fn http_is_served_where_that_is_said_and_with_what_goes_with_it() {
+        let check = |arguments: &[&str]| options(&[&["--export", "a=/tmp"], arguments].concat()).check(2);
+        let config = check(&[]).unwrap();
+        assert!(config.http.is_empty() && config.admin.is_none());
+        let config = check(&["--http", "[::1]:7241", "--http-host", "a.b", "--admin", "/run/a"]).unwrap();
+        assert_eq!(config.http, ["[::1]:7241".parse().unwrap()]);
+        assert_eq!((config.http_names, config.admin), (vec!["a.b".to_owned()], Some("/run/a".into())));
+        for (arguments, said) in [
+            (&["--http", "7241"][..], "Write HOST:PORT, such as 127.0.0.1:7241."),
+            (&["--http", "http://127.0.0.1:7241"], "--http http://127.0.0.1:7241: "),
+            (&["--http", "127.0.0.1"], "Write HOST:PORT"),
+            (&["--http-host", "a"], "Add --http HOST:PORT"),
+            (&["--http-token", "/t"], "Add --http HOST:PORT"),
+            (&["--http", "127.0.0.1:1", "--http-host", "http://a"], "without scheme and port"),
+            (&["--admin", "run/a"], "--admin: run/a is not a path from / on."),
+            (&["--admin", "/a", "--hand-over", "/a"], "Give a path of its own."),
+            (&["--admin", "/a", "--listen", "unix:///a"], "Give a path of its own."),
+        ] {
+            let error = error(&[&["--export", "a=/tmp"], arguments].concat());
+            assert!(error.contains(said), "{arguments:?}: {error}");
+        }
+    }
+
+    #[test]
     fn the_kernel_seals_only_if_that_is_said() {
         let config = options(&["--export", "a=/tmp", "--keys", "/k"]).check(2).unwrap();
         assert!(!config.has_kernel_tls);
@@ -944,6 +1075,7 @@ mod tests {
             (&["--export", "a=/", "--memory", "1M"], "--memory is 1048576 bytes"),
             (&["--export", "a=/", "--memory", "8388607G"], "Give a smaller --memory"),
             (&["--export", "a=/", "--stall-timeout", "0"], "--stall-timeout is 0"),
+            (&["--export", "a=/", "--slow", "0"], "--slow is 0"),
             (&["--export", "a=/", "--linger", "86401"], "--linger is 86401"),
             (&["--export", "a=/", "--limits-per-session", "files=0"], "--limits-per-session: files is 0"),
             (
@@ -1139,6 +1271,8 @@ mod tests {
             "audit = '/x'",
             "audit-full = 'wait'",
             "strict = true",
+            "http = '127.0.0.1:1'",
+            "admin = '/x'",
             "user = 'nobody'",
             "sandbox = 'off'",
             "exports-beneath = ['/x']",

@@ -254,6 +254,11 @@ impl Export {
         }
     }
 
+    /// Whether files of it are always opened with O_DIRECT.
+    pub fn is_direct(&self) -> bool {
+        self.is_direct
+    }
+
     /// Its shares of the pool.
     pub fn lanes(&self) -> &Lanes {
         &self.lanes
@@ -587,6 +592,11 @@ impl ExportTable {
     /// Whether there is more than one.
     pub fn are_several(&self) -> bool {
         self.are_several.load(Ordering::Relaxed)
+    }
+
+    /// The name that has a place.
+    pub fn name(&self, place: usize) -> Option<String> {
+        lock(&self.places).get(place).map(|(name, _)| name.clone())
     }
 
     /// How many places there may be.

@@ -12,7 +12,7 @@
 //! | `ending` | nothing more is accepted. The end of the connection is that of the process |
 //!
 //! The descriptors are the socket at PATH, and one for each URL: that of `--listen`, with its address looked
-//! up.
+//! up, `http://ADDRESS` for `--http`, and `admin://PATH` for `--admin`.
 //!
 //! If the successor goes away before `end` nothing has happened. Each side checks which user the other one
 //! is. The running server does not wait for messages: it reads what has arrived, and closes the connection of
@@ -52,6 +52,9 @@ use crate::tuning::main_thread::{ACCEPT_RETRY, BIND_TIMEOUT};
 
 /// What each message begins with: the protocol, and its version.
 const HEADING: &str = "raio hand-over 1 ";
+/// What the URLs of sockets begin with on which HTTP is served: over TCP, and to the operator.
+pub const HTTP: &str = "http://";
+pub const ADMIN: &str = "admin://";
 const END: &str = "end";
 const ENDING: &str = "ending";
 
@@ -239,7 +242,7 @@ fn listen_at(path: &Path) -> rustix::io::Result<OwnedFd> {
 }
 
 /// Whether the other end of a Unix socket belongs to one of these users.
-fn is_trusted(socket: impl AsFd, users: &[u32]) -> Result<(), String> {
+pub fn is_trusted(socket: impl AsFd, users: &[u32]) -> Result<(), String> {
     match Credentials::of_peer(socket) {
         Ok(peer) if users.contains(&peer.uid) => Ok(()),
         Ok(peer) => Err(format!("it is of user {}", peer.uid)),
@@ -307,6 +310,12 @@ impl Predecessor {
     /// What was given: once.
     pub fn take_sockets(&mut self) -> Vec<GivenSocket> {
         std::mem::take(&mut self.sockets)
+    }
+
+    /// Those of them that are for HTTP ([`Offered::url`]), once.
+    pub fn take_http_sockets(&mut self) -> Vec<GivenSocket> {
+        let is_http = |it: &mut GivenSocket| it.url.starts_with(HTTP) || it.url.starts_with(ADMIN);
+        self.sockets.extract_if(.., is_http).collect()
     }
 
     /// Has it end. When this comes back it accepts nothing more.
@@ -434,7 +443,7 @@ fn receive(socket: &OwnedFd, timeout: Duration) -> anyhow::Result<Option<(Vec<u8
 // -------------------------------------------------------------------------------------------------------
 
 /// A listening socket that can be given.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Offered {
     /// What it was bound for.
     pub url: String,

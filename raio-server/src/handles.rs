@@ -187,7 +187,12 @@ impl<F> Handles<F> {
         self.near.iter_mut().chain(self.far.values_mut()).filter_map(|entry| entry.file.as_mut())
     }
 
-    /// All files.
+    /// The same, to look at.
+    pub fn files(&self) -> impl Iterator<Item = &F> {
+        self.near.iter().chain(self.far.values()).filter_map(|entry| entry.file.as_ref())
+    }
+
+    /// The same, as they are.
     pub fn into_files(self) -> impl Iterator<Item = F> {
         self.near.into_iter().chain(self.far.into_values()).filter_map(|entry| entry.file)
     }

@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 mod acceptor;
+mod activity;
 mod audit;
 mod authorize;
 mod cached;
@@ -18,8 +19,10 @@ mod claim;
 mod clear;
 mod client;
 pub mod config;
+mod control;
 mod copy;
 mod device_queue;
+mod disks;
 mod engine;
 mod export;
 pub mod export_spec;
@@ -29,6 +32,7 @@ mod handles;
 #[cfg(test)]
 #[path = "../../tests/history/mod.rs"]
 mod history;
+mod http;
 pub mod keys;
 mod limits;
 mod listener;
@@ -52,6 +56,7 @@ mod random;
 mod rate_limit;
 mod rejection;
 mod reload;
+mod reply;
 mod request;
 mod root;
 mod sandbox;
@@ -59,13 +64,16 @@ mod server;
 mod session;
 mod sessions;
 mod size;
+mod stalled;
 mod state_directory;
 mod stats;
+mod status;
 mod stored;
 mod subtree;
 mod syscalls;
 mod tenure;
 mod throttle;
+mod timeline;
 mod trace;
 mod tuning;
 mod unfinished;

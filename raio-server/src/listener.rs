@@ -1,22 +1,29 @@
 //! Accepts connections, and nothing more: the worker reads the handshake, so a slow client never holds up
 //! accept.
 
+use std::io::Read;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use raio_transport::address::{Address, Endpoint, Scheme};
 use raio_transport::credentials::Credentials;
 use raio_transport::reactor::{Event, File, Op, OpId, Payload, Reactor, Token};
 use raio_transport::transport::AcceptedStream;
 use raio_transport::{rdma, tcp, transport};
-use rustix::net::getpeername;
+use rustix::fs::Mode;
+use rustix::net::{getpeername, getsockname};
 
+use crate::config::Config;
 use crate::hand_over::{self, GivenSocket, Offered};
+use crate::http;
 use crate::log::{self, log_client};
 use crate::peer::PeerAddress;
+use crate::tuning::http::{TOKEN_BYTES_MIN, TOKEN_FILE_BYTES_MAX};
 use crate::tuning::main_thread::{ACCEPT_RETRY, BIND_RETRY, BIND_TIMEOUT};
 use crate::worker::RawConnection;
 
@@ -106,7 +113,7 @@ impl Listener {
                 continue;
             }
             let url = hand_over::url(endpoint);
-            let (socket, endpoint) = when_free(|| tcp::listen(endpoint.clone()))?;
+            let (socket, endpoint) = when_free("--listen", || tcp::listen(endpoint.clone()))?;
             let_all_connect(&endpoint, for_all)?;
             self.push(reactor, position, socket, url, endpoint, None);
         }
@@ -121,7 +128,7 @@ impl Listener {
     ) -> anyhow::Result<()> {
         for (position, endpoint) in endpoints.iter().enumerate() {
             let &(Scheme::Rdma, Endpoint::Ip(address)) = endpoint else { continue };
-            let listener = when_free(|| rdma::listen(address))?;
+            let listener = when_free("--listen", || rdma::listen(address))?;
             let (fd, endpoint) = (listener.fd()?, listener.address().into());
             self.push(reactor, position, fd, String::new(), endpoint, Some(listener));
         }
@@ -278,9 +285,83 @@ fn of_user(fd: OwnedFd) -> Option<RawConnection> {
     }
 }
 
-/// Binds; again for a while if the address is taken, for a server that was killed keeps it until its last
-/// operation has ended.
-fn when_free<T>(bind: impl Fn() -> Result<T, raio_transport::Error>) -> anyhow::Result<T> {
+/// The sockets on which HTTP is served. Those that were given are taken where they are the right ones. It may
+/// take root to bind them, and to read the token; the admin socket belongs to `owner`, if that is not who
+/// binds it.
+pub fn bind_http(
+    config: &Config,
+    users: Vec<u32>,
+    owner: Option<u32>,
+    mut given: Vec<GivenSocket>,
+) -> anyhow::Result<http::Sockets> {
+    let mut sockets = http::Sockets { users, names: config.http_names.clone(), ..http::Sockets::default() };
+    let mut take = |wanted: &Endpoint| {
+        let at = given.iter().position(|given| given.listens_at(wanted).is_some())?;
+        Some(Arc::new(given.swap_remove(at).socket))
+    };
+    for &address in &config.http {
+        let socket = match take(&address.into()) {
+            Some(socket) => socket,
+            None => Arc::new(when_free("--http", || tcp::listen(address))?.0),
+        };
+        if let Ok(Some(address)) = getsockname(&*socket).map(|found| SocketAddr::try_from(found).ok()) {
+            tracing::info!("Metrics and the status page are at http://{address}/.");
+        }
+        sockets.tcp.push(socket);
+    }
+    if let Some(path) = &config.admin {
+        let endpoint = Endpoint::Unix(path.clone());
+        let socket = match take(&endpoint) {
+            Some(socket) => socket,
+            None => {
+                let before = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
+                let bound = when_free("--admin", || tcp::listen(endpoint.clone()));
+                rustix::process::umask(before);
+                let socket = bound?.0;
+                std::os::unix::fs::chown(path, owner, None)
+                    .with_context(|| format!("Cannot give {} to the server's user", path.display()))?;
+                Arc::new(socket)
+            }
+        };
+        sockets.admin = Some(socket);
+    }
+    sockets.token = config.http_token.as_deref().map(read_token).transpose()?;
+    Ok(sockets)
+}
+
+/// What another process can have of them.
+pub fn http_offered(config: &Config, sockets: &http::Sockets) -> Vec<Offered> {
+    let url = |address: &SocketAddr| format!("{}{address}", hand_over::HTTP);
+    let tcp = config.http.iter().zip(&sockets.tcp);
+    let tcp = tcp.map(|(address, socket)| Offered { url: url(address), socket: Arc::clone(socket) });
+    let admin = config.admin.iter().zip(&sockets.admin).map(|(path, socket)| Offered {
+        url: format!("{}{}", hand_over::ADMIN, path.display()),
+        socket: Arc::clone(socket),
+    });
+    tcp.chain(admin).collect()
+}
+
+/// The secret in this file.
+pub fn read_token(path: &Path) -> anyhow::Result<http::Token> {
+    let cannot = || format!("--http-token {}", path.display());
+    let mut text = String::new();
+    let mut file = std::fs::File::open(path).with_context(cannot)?;
+    let mode = file.metadata().with_context(cannot)?.permissions().mode();
+    ensure!(mode & 0o007 == 0, "{}: everybody may read it. Run `chmod o= {}`.", cannot(), path.display());
+    file.by_ref().take(TOKEN_FILE_BYTES_MAX).read_to_string(&mut text).with_context(cannot)?;
+    let token = text.trim();
+    ensure!(
+        token.len() >= TOKEN_BYTES_MIN && token.bytes().all(|byte| byte.is_ascii_graphic()),
+        "{}: a token has {TOKEN_BYTES_MIN} or more letters, digits and signs, and no spaces. Make one with \
+         `openssl rand -hex 32`.",
+        cannot()
+    );
+    Ok(http::Token::new(token))
+}
+
+/// Binds what an option asks for; again for a while if the address is taken, for a server that was killed
+/// keeps it until its last operation has ended.
+fn when_free<T>(option: &str, bind: impl Fn() -> Result<T, raio_transport::Error>) -> anyhow::Result<T> {
     let deadline = Instant::now() + BIND_TIMEOUT;
     loop {
         let (errno, error) = match bind() {
@@ -293,14 +374,14 @@ fn when_free<T>(bind: impl Fn() -> Result<T, raio_transport::Error>) -> anyhow::
                 continue;
             }
             libc::EADDRINUSE => {
-                "Another process listens there. Stop it, or choose another port with --listen"
+                format!("Another process listens there. Stop it, or choose another place with {option}")
             }
-            libc::EADDRNOTAVAIL => "Give an address of this machine with --listen",
-            libc::EACCES => {
-                "Choose a port above 1023 with --listen, or give the server CAP_NET_BIND_SERVICE; the \
+            libc::EADDRNOTAVAIL => format!("Give an address of this machine with {option}"),
+            libc::EACCES => format!(
+                "Choose a port above 1023 with {option}, or give the server CAP_NET_BIND_SERVICE; the \
                  directory of a Unix socket must let it make files"
-            }
-            libc::ENOENT => "The directory of a Unix socket must be there",
+            ),
+            libc::ENOENT => "The directory of a Unix socket must be there".to_owned(),
             _ => return Err(error.into()),
         };
         bail!("{error}. {remedy}.");

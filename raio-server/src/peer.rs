@@ -31,6 +31,14 @@ impl PeerAddress {
         }
     }
 
+    /// In words, for people: `10.0.0.1:5555`, `user 1000`.
+    pub fn shown(self) -> String {
+        match self {
+            Self::Ip(address) => address.to_string(),
+            Self::User(uid) => format!("user {uid}"),
+        }
+    }
+
     /// Its port; 0 if it has none.
     pub fn port(self) -> u16 {
         match self {

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::log;
 use crate::tuning::pool::{IDLE_TIMEOUT, START_RETRY, START_TIMEOUT};
@@ -64,6 +64,7 @@ struct State<J> {
 #[derive(Debug)]
 struct Ready<J> {
     lane: usize,
+    /// When it could have run for the first time.
     since: Instant,
     ticket: Ticket,
     job: J,
@@ -74,8 +75,22 @@ struct Queue<J> {
     width: usize,
     /// Jobs that run or are ready.
     running: usize,
-    /// A cancelled job leaves at once, so there are no more than requests in flight.
-    waiting: BTreeMap<Ticket, J>,
+    /// When those were submitted, as many as are running.
+    submitted: Vec<(Ticket, Instant)>,
+    /// With the time when it was submitted. A cancelled job leaves at once, so there are no more than
+    /// requests in flight.
+    waiting: BTreeMap<Ticket, (Instant, J)>,
+}
+
+/// What a lane has to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Jobs that run, or would if there were a thread.
+    pub running: usize,
+    /// Jobs that wait for those.
+    pub waiting: usize,
+    /// How long ago the oldest of both was submitted.
+    pub oldest: Option<Duration>,
 }
 
 /// A job that a test has begun.
@@ -83,6 +98,7 @@ struct Queue<J> {
 #[derive(Debug)]
 pub struct Begun<J> {
     lane: usize,
+    ticket: Ticket,
     job: J,
 }
 
@@ -163,18 +179,18 @@ impl<J: Job> Pool<J> {
     pub fn begin_one(&self, which: usize) -> Option<Begun<J>> {
         let mut state = self.lock();
         let at = which.checked_rem(state.ready.len()).unwrap_or(0);
-        let Ready { lane, job, .. } = state.ready.remove(at)?;
+        let Ready { lane, ticket, job, .. } = state.ready.remove(at)?;
         drop(state);
-        let mut begun = Begun { lane, job };
+        let mut begun = Begun { lane, ticket, job };
         begun.job.begin();
         Some(begun)
     }
 
     /// Runs a job that was begun.
     #[cfg(any(test, feature = "test-worker"))]
-    pub fn end_one(&self, Begun { lane, job }: Begun<J>) {
+    pub fn end_one(&self, Begun { lane, ticket, job }: Begun<J>) {
         job.run();
-        self.lock().finished(lane);
+        self.lock().finished(lane, ticket);
     }
 
     /// Jobs that have not ended.
@@ -186,7 +202,8 @@ impl<J: Job> Pool<J> {
     /// A new lane, which runs at most `width` jobs at a time.
     pub fn lane(&'static self, width: usize) -> Lane<J> {
         let mut state = self.lock();
-        state.lanes.push(Queue { width, running: 0, waiting: BTreeMap::new() });
+        let (submitted, waiting) = (Vec::with_capacity(width), BTreeMap::new());
+        state.lanes.push(Queue { width, running: 0, submitted, waiting });
         Lane { pool: self, index: state.lanes.len() - 1 }
     }
 
@@ -203,13 +220,13 @@ impl<J: Job> Pool<J> {
     fn work(&self) {
         let mut state = self.lock();
         loop {
-            if let Some(Ready { lane, job, .. }) = state.ready.pop_front() {
+            if let Some(Ready { lane, ticket, job, .. }) = state.ready.pop_front() {
                 state.idle -= 1;
                 drop(state);
                 job.run();
                 state = self.lock();
                 state.idle += 1;
-                state.finished(lane);
+                state.finished(lane, ticket);
                 continue;
             }
             let waited;
@@ -258,11 +275,12 @@ impl<J: Job> Pool<J> {
 
 impl<J> State<J> {
     /// A job of this lane has ended: the next one may run.
-    fn finished(&mut self, lane: usize) {
+    fn finished(&mut self, lane: usize, ticket: Ticket) {
         let queue = &mut self.lanes[lane];
-        match queue.waiting.pop_first() {
-            Some((ticket, job)) => self.ready.push_back(Ready { lane, since: Instant::now(), ticket, job }),
-            None => queue.running -= 1,
+        queue.end(ticket);
+        if let Some((ticket, (submitted, job))) = queue.waiting.pop_first() {
+            queue.begin(ticket, submitted);
+            self.ready.push_back(Ready { lane, since: Instant::now(), ticket, job });
         }
     }
 
@@ -272,14 +290,30 @@ impl<J> State<J> {
         while self.ready.front().is_some_and(|ready| ready.since.elapsed() >= START_TIMEOUT)
             && let Some(ready) = self.ready.pop_front()
         {
-            let Ready { lane, since, .. } = ready;
+            let Ready { lane, since, ticket, .. } = ready;
             let queue = &mut self.lanes[lane];
-            queue.running -= 1;
+            queue.end(ticket);
             overdue.push(ready);
             let waiting = std::mem::take(&mut queue.waiting);
-            overdue.extend(waiting.into_iter().map(|(ticket, job)| Ready { lane, since, ticket, job }));
+            overdue.extend(waiting.into_iter().map(|(ticket, (_, job))| Ready { lane, since, ticket, job }));
         }
         overdue
+    }
+}
+
+impl<J> Queue<J> {
+    /// A job that was submitted then may run.
+    fn begin(&mut self, ticket: Ticket, submitted: Instant) {
+        self.running += 1;
+        self.submitted.push((ticket, submitted));
+    }
+
+    /// One has ended, or will not run.
+    fn end(&mut self, ticket: Ticket) {
+        self.running -= 1;
+        if let Some(at) = self.submitted.iter().position(|&(one, _)| one == ticket) {
+            self.submitted.swap_remove(at);
+        }
     }
 }
 
@@ -291,17 +325,28 @@ impl<J: Job> Lane<J> {
 
     /// Runs a job once the lane has room for it.
     pub fn submit(&self, ticket: Ticket, job: J) {
+        let now = Instant::now();
         let mut state = self.pool.lock();
         let queue = &mut state.lanes[self.index];
         if queue.running == queue.width {
-            queue.waiting.insert(ticket, job);
+            queue.waiting.insert(ticket, (now, job));
             return;
         }
-        queue.running += 1;
-        state.ready.push_back(Ready { lane: self.index, since: Instant::now(), ticket, job });
+        queue.begin(ticket, now);
+        state.ready.push_back(Ready { lane: self.index, since: now, ticket, job });
         let enough = state.ready.len() <= state.idle;
         drop(state);
         if enough { self.pool.work.notify_one() } else { self.pool.too_few.notify_one() }
+    }
+
+    /// What it has to do.
+    pub fn load(&self) -> Load {
+        let state = self.pool.lock();
+        let Queue { running, submitted, waiting, .. } = &state.lanes[self.index];
+        // The first to wait has waited longest.
+        let first = waiting.first_key_value().map(|(_, (submitted, _))| *submitted);
+        let oldest = submitted.iter().map(|&(_, submitted)| submitted).chain(first).min();
+        Load { running: *running, waiting: waiting.len(), oldest: oldest.map(|oldest| oldest.elapsed()) }
     }
 
     /// Whether all that was submitted has ended.
@@ -315,8 +360,8 @@ impl<J: Job> Lane<J> {
         let mut state = self.pool.lock();
         let State { lanes, ready, .. } = &mut *state;
         if let Entry::Occupied(mut job) = lanes[self.index].waiting.entry(ticket) {
-            let taken = take(job.get_mut());
-            if job.get().is_empty() {
+            let taken = take(&mut job.get_mut().1);
+            if job.get().1.is_empty() {
                 job.remove();
             }
             return taken;
@@ -394,6 +439,27 @@ mod tests {
             assert!(bench.begun.1.try_recv().is_err(), "too many at a time");
             ends.pop_front();
             assert_eq!(bench.next(), name);
+        }
+    }
+
+    #[test]
+    fn a_lane_tells_what_it_has_to_do_and_for_how_long() {
+        let bench = Bench::new();
+        let (lane, other) = (bench.pool.lane(2), bench.pool.lane(2));
+        assert_eq!(lane.load(), Load::default());
+        let began = Instant::now();
+        let mut ends: VecDeque<_> = (0..3).map(|name| bench.submit(lane, name)).collect();
+        let mut running = [bench.next(), bench.next()];
+        running.sort_unstable();
+        assert_eq!(running, [0, 1]);
+        std::thread::sleep(Duration::from_millis(20));
+        let Load { running, waiting, oldest } = lane.load();
+        assert_eq!((running, waiting, other.load()), (2, 1, Load::default()));
+        assert!(oldest.is_some_and(|oldest| (Duration::from_millis(20)..=began.elapsed()).contains(&oldest)));
+        ends.clear();
+        bench.next();
+        while lane.load() != Load::default() {
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 

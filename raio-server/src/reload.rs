@@ -13,7 +13,6 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -117,15 +116,6 @@ impl Reloader {
     /// Reads the configuration file again, and who may connect, and applies it. Returns what has changed, a
     /// line each. After an error nothing has.
     pub fn reload(&self) -> anyhow::Result<Vec<String>> {
-        let result = self.try_reload();
-        self.shared.last_reload_failed.store(result.is_err(), Ordering::Relaxed);
-        if result.is_ok() {
-            self.shared.config_generation.fetch_add(1, Ordering::Relaxed);
-        }
-        result
-    }
-
-    fn try_reload(&self) -> anyhow::Result<Vec<String>> {
         let mut running = lock(&self.running);
         let old = Arc::clone(&running.config);
         let new = match old.path() {
@@ -468,6 +458,7 @@ fn describe_settings(old: &Config, new: &Config) -> Vec<String> {
     note(old.stall_timeout == new.stall_timeout, "stall-timeout", seconds(new.stall_timeout));
     note(old.linger == new.linger, "linger", seconds(new.linger));
     note(old.spin == new.spin, "spin-us", new.spin.as_micros().to_string());
+    note(old.slow == new.slow, "slow", new.slow.as_millis().to_string());
     note(old.log == new.log, "log", new.log.filter().to_string());
     texts
 }

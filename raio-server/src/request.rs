@@ -30,6 +30,7 @@ use crate::open::Opening;
 use crate::session::{ObjectKey, OpenFile};
 use crate::syscalls::FileInfo;
 use crate::throttle::Flow;
+use crate::timeline::Timeline;
 use crate::tuning::ranges::PIECE_BYTES;
 
 /// An open file as one worker has it.
@@ -73,6 +74,8 @@ pub struct Request {
     pub opcode: Opcode,
     /// In the iteration of which time, if its latency is measured.
     pub arrived: Option<Instant>,
+    /// How long it was at which stage.
+    pub timeline: Timeline,
     /// Where it is.
     pub state: State,
     /// What it does.

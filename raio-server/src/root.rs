@@ -14,6 +14,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Statx, Stat
 use rustix::io::Errno;
 
 use crate::claim::Claim;
+use crate::disks::DeviceNumber;
 use crate::export_spec::ExportSpec;
 use crate::file_identity;
 use crate::rejection::Rejection;
@@ -84,6 +85,8 @@ pub struct Root {
     /// What one file may grow to, if it must not grow: the largest size that it was seen to have.
     largest: Option<AtomicU64>,
     seen: Mutex<Option<Identity>>,
+    /// The device that it lay on, or was, when it was last looked up: as of makedev(3); 0 before that.
+    device: AtomicU64,
     /// What was there when the sandbox was told what may be opened.
     granted: OnceLock<Identity>,
     /// The sandbox allows to open that, and nothing else that gets to the path.
@@ -123,6 +126,7 @@ impl Root {
             bytes_max: spec.file_bytes_max,
             largest: keeps_size.then(AtomicU64::default),
             seen: Mutex::new(None),
+            device: AtomicU64::new(0),
             granted: OnceLock::new(),
             is_confined: AtomicBool::new(false),
         };
@@ -302,8 +306,19 @@ impl Root {
         Ok(Some(directory))
     }
 
+    /// The device that it lies on, or is.
+    pub fn device(&self) -> Option<DeviceNumber> {
+        let device = self.device.load(Ordering::Relaxed);
+        (device != 0).then(|| (libc::major(device), libc::minor(device)))
+    }
+
+    fn lies_on(&self, (major, minor): DeviceNumber) {
+        self.device.store(libc::makedev(major, minor), Ordering::Relaxed);
+    }
+
     /// Takes in what is at the path.
     fn take_in(&self, name: &str, now: Identity) {
+        self.lies_on(now.device);
         let mut seen = lock(&self.seen);
         let before = seen.replace(now);
         if before.is_some_and(|before| before != now) {
@@ -345,7 +360,11 @@ impl Root {
             _ if self.is_device() && found != FileType::BlockDevice => {
                 return Err((libc::ENXIO, "It was a block device when the server started."));
             }
-            FileType::RegularFile => {}
+            FileType::RegularFile => {
+                if !self.is_directory() {
+                    self.lies_on((stat.stx_dev_major, stat.stx_dev_minor));
+                }
+            }
             FileType::BlockDevice if self.is_device() => {
                 let device = (stat.stx_rdev_major, stat.stx_rdev_minor);
                 self.take_in(name, Identity { device, inode: 0, mount: 0 });

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -25,14 +26,15 @@ use crate::acceptor::{Connection, Handshaken, TlsAcceptor};
 use crate::audit::{Audit, Who};
 use crate::claim::{Attempt, Claim, try_claim};
 use crate::config::{BackendKind, Config};
+use crate::control::{Control, Order, WorkerView};
 use crate::engine::Job;
 use crate::export::{Export, Exports};
 use crate::export_spec::Source;
-use crate::hand_over::{self, HandOver, Meeting, Predecessor};
+use crate::hand_over::{self, HandOver, Meeting, Offered, Predecessor};
 use crate::handles::GENERATION_MAX;
 use crate::keys::{Abilities, Keys, Revocation};
 use crate::limits::{ConnectionPermit, Excess, Limits, Room, descriptors_for, session_limits};
-use crate::listener::Listener;
+use crate::listener::{self, Listener};
 use crate::log::log_client;
 use crate::peer::PeerAddress;
 use crate::pool::Pool;
@@ -43,16 +45,18 @@ use crate::reload::{
 use crate::sandbox::{Grant, Sandbox};
 use crate::sessions::Sessions;
 use crate::state_directory::StateDirectory;
-use crate::stats::{self, Counters, Whole};
+use crate::stats::Counters;
+use crate::status::{Observed, Progress};
 use crate::stored::Place;
 use crate::trace::Trace;
+use crate::tuning::http::BEAT as BEAT_INTERVAL;
 use crate::tuning::main_thread::{
     DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, ENTRY_TIMEOUT, EXPIRY_CHECK, STUCK_AFTER,
 };
 use crate::tuning::state::{CLAIM_RETRY, CLAIM_SAY_AFTER};
 use crate::verifier::Verifier;
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
-use crate::{file_identity, log, probe};
+use crate::{file_identity, http, log, probe};
 
 const LISTENER: u8 = 0;
 const SIGNALS: Token = Token { owner: 1, value: 0 };
@@ -60,6 +64,7 @@ const DRAIN_DEADLINE: Token = Token { owner: 2, value: 0 };
 const CHECK: Token = Token { owner: 3, value: 0 };
 const EXPIRY: Token = Token { owner: 4, value: 0 };
 const HAND_OVER: u8 = 5;
+const BEAT: Token = Token { owner: 7, value: 0 };
 const ENTRY_DEADLINE: Token = Token { owner: 6, value: 0 };
 
 /// The threads for file operations.
@@ -81,10 +86,14 @@ pub struct Server {
     acceptor: Option<TlsAcceptor>,
     /// ... and sends their connections here.
     secured: Receiver<Handshaken>,
-    backend: &'static str,
-    accepted: u64,
-    /// Connections that got no permit.
-    rejected: u64,
+    /// What administrators want.
+    orders: Receiver<Order>,
+    /// What is told about it.
+    observed: Arc<Observed>,
+    /// Serves that over HTTP, if it is to ...
+    http: Option<http::Handle>,
+    /// ... at these sockets, which a successor gets.
+    http_offered: Vec<Offered>,
     limits: Arc<Limits>,
     reloader: Arc<Reloader>,
     /// There is a configuration file.
@@ -129,6 +138,8 @@ enum Phase {
 struct WorkerHandle {
     senders: WorkerSenders,
     counters: Arc<Counters>,
+    /// Where it stays.
+    cpu: Option<usize>,
     /// At the last check: connections that it had not taken, and its iterations.
     checked: (usize, u64),
 }
@@ -157,6 +168,7 @@ impl Drop for EndedOnDrop {
 pub fn check(config: &Config) -> anyhow::Result<()> {
     let user = config.user.as_deref().map(User::find).transpose()?;
     config.hand_over.as_deref().map_or(Ok(()), hand_over::check_path)?;
+    config.http_token.as_deref().map(listener::read_token).transpose()?;
     let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
     let keys = config.keys.as_deref().map(|directory| Keys::open(directory, false)).transpose()?;
     try_kernel_tls(config)?;
@@ -391,6 +403,7 @@ impl Server {
             Some(Meeting { place, predecessor }) => (Some(place), predecessor),
             None => (None, None),
         };
+        let http = open_http(config, predecessor.as_mut())?;
         // The server's key may be one that only root can read.
         let keys = config.keys.as_deref().map(|directory| Keys::open(directory, true)).transpose()?;
         try_kernel_tls(config)?;
@@ -491,7 +504,6 @@ impl Server {
             let mailboxes: Vec<_> = workers.iter().map(|worker| worker.senders.mailbox.clone()).collect();
             audit.start(move || mailboxes.iter().for_each(|mailbox| mailbox.send(Mail::Release)))?;
         }
-        let backend = say_what_was_missing(config, &started);
         let counts_requests = shared.sessions.count_requests()
             || shared.keys.as_ref().is_some_and(|keys| keys.counts_requests());
         let reloader = Arc::new(Reloader {
@@ -506,6 +518,17 @@ impl Server {
             shared: Arc::clone(&shared),
         });
         let (reload_sender, reloaded) = reactor::mailbox(reactor.waker());
+        let (sender, orders) = reactor::mailbox(reactor.waker());
+        let waker = http::Waker::new().context("Cannot make an eventfd for HTTP")?;
+        let observed = Arc::new(Observed {
+            control: control(&shared, &workers, sender, &waker),
+            shared: Arc::clone(&shared),
+            workers: workers.iter().map(|worker| Arc::clone(&worker.counters)).collect(),
+            main: Arc::default(),
+            backend: say_what_was_missing(config, &started),
+        });
+        let http_offered = listener::http_offered(config, &http);
+        let http = start_http(http, &observed, waker)?;
         let hand_over = place.map(|place| HandOver::new(&mut reactor, HAND_OVER, place));
         Ok(Some(Self {
             reactor,
@@ -516,9 +539,10 @@ impl Server {
             ended,
             acceptor,
             secured,
-            backend,
-            accepted: 0,
-            rejected: 0,
+            orders,
+            observed,
+            http,
+            http_offered,
             limits,
             reloader,
             has_file: config.path().is_some(),
@@ -549,6 +573,10 @@ impl Server {
             hand_over.start(&mut self.reactor);
         }
         self.await_expiry();
+        self.observed.main.set_progress(Progress::Serving);
+        if self.http.is_some() {
+            self.beat();
+        }
         let mut events = Vec::new();
         let mut running = self.workers.len();
         let mut all_answered = true;
@@ -558,13 +586,14 @@ impl Server {
                 match event.token {
                     Token { owner: LISTENER, .. } => {
                         if let Some(connection) = self.listener.handle(&mut self.reactor, event) {
-                            self.accepted += 1;
+                            self.observed.main.accepted.add(1);
                             self.place(connection);
                         }
                     }
                     Token { owner: HAND_OVER, .. } => self.meet_successor(event),
                     ENTRY_DEADLINE => self.drain(),
                     CHECK => self.check(),
+                    BEAT => self.beat(),
                     EXPIRY => {
                         if let Some(expired) = self.shared.keys.as_ref().and_then(|keys| keys.expired()) {
                             self.revoke(expired);
@@ -597,11 +626,15 @@ impl Server {
                     Handshaken::Finished => self.drain(),
                 }
             }
+            while let Some(order) = self.orders.take() {
+                self.obey(&order);
+            }
             if self.phase == Phase::Closing && self.listener.has_stopped() {
                 self.shake_last_hands();
             }
             while let Some(Ended { worker, outcome }) = self.ended.take() {
                 let answered = outcome.ok_or_else(|| {
+                    self.observed.main.worker_failed.store(true, Ordering::Relaxed);
                     anyhow!("Worker {worker} has failed; see above. Start the server anew.")
                 })?;
                 all_answered &= answered;
@@ -626,7 +659,7 @@ impl Server {
         let permit = match self.limits.connect(peer.map(PeerAddress::origin)) {
             Ok(permit) => permit,
             Err(Excess { text, .. }) => {
-                self.rejected += 1;
+                self.observed.main.rejected.add(1);
                 log_client!(
                     info,
                     peer,
@@ -674,6 +707,12 @@ impl Server {
         }
     }
 
+    /// Shows that the main thread goes on, and will do so again.
+    fn beat(&mut self) {
+        self.observed.main.beat();
+        self.reactor.timer(Instant::now() + BEAT_INTERVAL, BEAT);
+    }
+
     /// Sets the timer for the next key that expires.
     fn await_expiry(&mut self) {
         let Some(keys) = &self.shared.keys else { return };
@@ -708,6 +747,9 @@ impl Server {
     /// A reload has ended.
     fn reloaded(&mut self, Reloaded { result, asked }: Reloaded) {
         self.is_reloading = false;
+        let main = &self.observed.main;
+        main.reload_failed.store(result.is_err(), Ordering::Relaxed);
+        main.config_generation.add(u64::from(result.is_ok()));
         match &result {
             Ok(changes) if changes.is_empty() => {
                 tracing::info!("The configuration was read again. Nothing has changed.");
@@ -791,23 +833,7 @@ impl Server {
     /// Acts on a signal. Returns the exit code if the server is to exit at once.
     fn signal(&mut self, signal: i32) -> Option<ExitCode> {
         if signal == libc::SIGUSR1 {
-            let counters = self.workers.iter().map(|worker| &*worker.counters);
-            let sessions = &self.shared.sessions;
-            let exports = self.shared.exports.current();
-            let exports: Vec<_> = exports.all().iter().map(|one| (one.place(), one.name())).collect();
-            let whole = Whole {
-                backend: self.backend,
-                accepted: self.accepted,
-                rejected_by_address: self.rejected,
-                sessions: sessions.len(),
-                channels: sessions.channel_counts(),
-                audit: self.shared.audit.as_ref().map(|audit| audit.counts()),
-                open_files: sessions.open_files(),
-                data_connections: &self.shared.placement.data_connections(),
-                exports: &exports,
-            };
-            let line = stats::json(counters, &whole);
-            log::print(&line);
+            log::print(&self.observed.stats());
             return None;
         }
         if signal == libc::SIGUSR2 && self.shared.trace.is_some() {
@@ -842,11 +868,25 @@ impl Server {
         None
     }
 
+    /// Does what an administrator wants.
+    fn obey(&mut self, order: &Order) {
+        match order {
+            Order::Drain if self.phase == Phase::Serving => {
+                tracing::info!("An administrator ends the server: completing the requests in flight.");
+                self.stop();
+            }
+            Order::Drain => {}
+        }
+    }
+
     /// Speaks with the successor.
     fn meet_successor(&mut self, event: Event) {
         let Some(hand_over) = &mut self.hand_over else { return };
-        let successor = hand_over.handle(&mut self.reactor, event, || self.listener.offered());
+        let offered = || self.listener.offered().into_iter().chain(self.http_offered.clone()).collect();
+        let successor = hand_over.handle(&mut self.reactor, event, offered);
         if let Some(successor) = successor {
+            // Its sockets are the successor's now.
+            self.http.iter().for_each(http::Handle::stop_accepting);
             tracing::info!("Handing over to process {successor}: completing the requests in flight.");
             self.stop();
         }
@@ -855,6 +895,7 @@ impl Server {
     /// Begins to end: no more connections are accepted.
     fn stop(&mut self) {
         self.phase = Phase::Closing;
+        self.observed.main.set_progress(Progress::Draining);
         self.listener.stop(&mut self.reactor);
         if let Some(hand_over) = &mut self.hand_over {
             hand_over.stop(&mut self.reactor);
@@ -961,10 +1002,57 @@ fn warn_if_unreadable(config: &Config) {
 /// server becomes another user: the successor connects as the user that started it, or as root.
 fn meet(config: &Config) -> anyhow::Result<Option<Meeting>> {
     let Some(path) = &config.hand_over else { return Ok(None) };
+    Meeting::begin(path, trusted_users(config)?).map(Some)
+}
+
+/// Root, the user that starts the server, and the one that it becomes.
+fn trusted_users(config: &Config) -> anyhow::Result<Vec<u32>> {
     let user = config.user.as_deref().map(User::find).transpose()?;
     let mut users = vec![0, rustix::process::geteuid().as_raw()];
     users.extend(user.map(|user| user.ids().0));
-    Meeting::begin(path, users).map(Some)
+    Ok(users)
+}
+
+/// Listens for HTTP, at the sockets of a predecessor where it has them. Called before the server becomes
+/// another user.
+fn open_http(config: &Config, predecessor: Option<&mut Predecessor>) -> anyhow::Result<http::Sockets> {
+    let owner = config.user.as_deref().map(User::find).transpose()?.map(|user| user.ids().0);
+    let given = predecessor.map(Predecessor::take_http_sockets).unwrap_or_default();
+    listener::bind_http(config, trusted_users(config)?, owner, given)
+}
+
+/// What administrators ask of these workers, and of the main thread.
+fn control(
+    shared: &Arc<Shared>,
+    workers: &[WorkerHandle],
+    orders: Sender<Order>,
+    waker: &http::Waker,
+) -> Control {
+    let view = |worker: &WorkerHandle| WorkerView {
+        senders: worker.senders.clone(),
+        counters: Arc::clone(&worker.counters),
+        cpu: worker.cpu,
+    };
+    let waker = waker.clone();
+    Control::new(
+        Arc::clone(shared),
+        workers.iter().map(view).collect(),
+        orders,
+        Arc::new(move || waker.wake()),
+    )
+}
+
+/// Starts to serve HTTP, if there is where.
+fn start_http(
+    sockets: http::Sockets,
+    observed: &Arc<Observed>,
+    waker: http::Waker,
+) -> anyhow::Result<Option<http::Handle>> {
+    if sockets.tcp.is_empty() && sockets.admin.is_none() {
+        return Ok(None);
+    }
+    let handle = http::start(sockets, Arc::clone(observed), waker);
+    handle.map(Some).context("Cannot start a thread for HTTP. Raise the limit on processes with `ulimit -u`")
 }
 
 /// Says that there is no sandbox.
@@ -1126,7 +1214,8 @@ fn start_workers(
             .spawn(thread)
             .with_context(|| format!("Cannot start {count} workers. Ask for fewer with --workers"))?;
         let started = receiver.recv().context("A worker has failed; see above")??;
-        workers.push(WorkerHandle { senders: started.senders.clone(), counters, checked: (0, 0) });
+        let (senders, cpu) = (started.senders.clone(), cpus.get(index).copied());
+        workers.push(WorkerHandle { senders, counters, cpu, checked: (0, 0) });
         all_started.push(started);
     }
     Ok((workers, all_started))

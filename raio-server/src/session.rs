@@ -7,9 +7,10 @@
 //!
 //! [`crate::sessions`] knows all sessions, and when one ends: then its files close.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
+use crate::activity::Activity;
 use crate::audit::Audited;
 use crate::engine::{Closing, Engine};
 use crate::file_identity::FileIdentity;
@@ -22,6 +23,7 @@ use raio_transport::protocol::{FileHandle, FileStatus, OPEN_READ, OPEN_WRITE};
 use rustix::fs::FileType;
 
 use crate::peer::Origin;
+use crate::stats::CountedSession;
 use crate::stored::LimitedFile;
 use crate::tenure::Tenure;
 use crate::throttle::Flow;
@@ -198,8 +200,12 @@ pub struct Session {
     pub id: SessionId,
     /// Whose it is: that of the connection that began it. What it may open depends on this.
     pub identity: Identity,
-    /// Its client may do less than when it began.
-    revoked: AtomicBool,
+    /// What it does.
+    pub activity: Activity,
+    /// Why it is to end: an [`EndReason`].
+    end_reason: AtomicU8,
+    /// Its client counts it.
+    counted: OnceLock<CountedSession>,
     files: Mutex<Handles<ClosedFile>>,
     /// Directories that it lists. Each counts as an open file.
     listings: Mutex<Listings<FilePermit>>,
@@ -208,6 +214,18 @@ pub struct Session {
     /// Of the address that its first connection was from: counts it.
     address: AddressAccount,
     limits: Arc<Limits>,
+}
+
+/// Why the server ends a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum EndReason {
+    /// It does not, or its client has given it up.
+    None,
+    /// Its client may do less than when it began.
+    Revoked,
+    /// An administrator has asked for it.
+    Killed,
 }
 
 /// Why a file is not reopened.
@@ -223,17 +241,28 @@ impl Session {
     /// A session of a client, which its address counts: see [`Limits::begin_session`].
     pub fn new(id: SessionId, identity: Identity, address: AddressAccount, limits: Arc<Limits>) -> Self {
         let (files, listings, account) = (Mutex::default(), Mutex::default(), Account::default());
-        Self { id, identity, revoked: AtomicBool::new(false), files, listings, account, address, limits }
+        let (activity, end_reason) = (Activity::default(), AtomicU8::new(EndReason::None as u8));
+        let counted = OnceLock::new();
+        Self { id, identity, activity, end_reason, counted, files, listings, account, address, limits }
     }
 
-    /// Its client may do less from now on: it is to end.
-    pub fn revoke(&self) {
-        self.revoked.store(true, Ordering::Relaxed);
+    /// Has its client count it, unless it does. Returns that.
+    pub fn count_with(&self, begin: impl FnOnce() -> CountedSession) -> &CountedSession {
+        self.counted.get_or_init(begin)
     }
 
-    /// Whether it is to end because its client may do less than when it began.
-    pub fn is_revoked(&self) -> bool {
-        self.revoked.load(Ordering::Relaxed)
+    /// It is to end.
+    pub fn end_because(&self, reason: EndReason) {
+        self.end_reason.store(reason as u8, Ordering::Relaxed);
+    }
+
+    /// Why it is to end.
+    pub fn end_reason(&self) -> EndReason {
+        let reason = self.end_reason.load(Ordering::Relaxed);
+        [EndReason::Revoked, EndReason::Killed]
+            .into_iter()
+            .find(|&one| one as u8 == reason)
+            .unwrap_or(EndReason::None)
     }
 
     /// The same, whose files have handles that begin with this generation.
@@ -320,6 +349,20 @@ impl Session {
     /// The file with this handle.
     pub fn get(&self, handle: FileHandle) -> Option<Arc<OpenFile>> {
         lock(&self.files).get(handle).map(|(file, _)| Arc::clone(file))
+    }
+
+    /// Counts its open files by their export's place among all.
+    pub fn count_files(&self, by_export: &mut [u64]) {
+        for (file, _) in lock(&self.files).files() {
+            if let Some(count) = by_export.get_mut(file.export) {
+                *count += 1;
+            }
+        }
+    }
+
+    /// How many files it has open.
+    pub fn open_files(&self) -> usize {
+        lock(&self.files).len()
     }
 
     /// Takes the handle from a file.

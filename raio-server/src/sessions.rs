@@ -8,24 +8,26 @@
 mod by_address;
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use raio_transport::error::Status;
 use raio_transport::handshake::{Identity, Peer};
 use raio_transport::message::SessionId;
 use raio_transport::sync::lock;
+use slab::Slab;
 
 use self::by_address::{ByAddress, Key};
 use crate::channel::{Channel, Guard, Guards, Outcomes};
 use crate::handles::generation_of_next_session;
 use crate::limits::{AddressAccount, Excess, Limits, QueuePairPermit};
 use crate::peer::Origin;
-use crate::session::{ClosedFile, OpenFile, Session};
+use crate::session::{ClosedFile, EndReason, OpenFile, Session};
 use crate::stats::ChannelCounts;
-use crate::tuning::channels::PARKED_BYTES;
+use crate::tuning::channels::{KILLED_MAX, PARKED_BYTES};
 
 /// A connection of the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -78,6 +80,8 @@ pub enum NotJoined {
     Excess(Excess),
     /// A connection that is newer, or its client, has made it obsolete: for the client.
     Stale(String),
+    /// An administrator has ended the session.
+    Killed,
 }
 
 /// A connection as its session knows it.
@@ -156,6 +160,8 @@ pub struct Joined {
 #[derive(Debug)]
 pub struct Sessions {
     table: Mutex<Table>,
+    /// How many there are, for those who ask often.
+    count: AtomicUsize,
     sessions_max: AtomicUsize,
     limits: Arc<Limits>,
 }
@@ -164,6 +170,11 @@ pub struct Sessions {
 #[cfg_attr(test, derive(Clone))]
 struct Table {
     by_id: HashMap<SessionId, Of>,
+    /// All of them, in an order that allows to list them in parts.
+    listed: Slab<Arc<Session>>,
+    /// Sessions that an administrator has ended, the latest last: their clients do not begin them anew by
+    /// connecting again.
+    killed: VecDeque<SessionId>,
     /// Sessions without a connection, and since when.
     idle: ByAddress<SessionId>,
     /// When parked channels expire.
@@ -185,6 +196,8 @@ struct Table {
 #[cfg_attr(test, derive(Clone))]
 struct Of {
     session: Arc<Session>,
+    /// Its place in [`Table::listed`].
+    listed: usize,
     channels: HashMap<ChannelKey, Place>,
     connections: usize,
     /// Its client has given it up: nobody joins it.
@@ -211,6 +224,8 @@ impl Sessions {
     pub fn new(sessions_max: usize, limits: Arc<Limits>) -> Self {
         let table = Table {
             by_id: HashMap::new(),
+            listed: Slab::new(),
+            killed: VecDeque::new(),
             idle: ByAddress::default(),
             deadlines: BTreeMap::new(),
             parked: ByAddress::default(),
@@ -220,7 +235,13 @@ impl Sessions {
             counts: ChannelCounts::default(),
             guards: Guards::default(),
         };
-        Self { table: Mutex::new(table), sessions_max: AtomicUsize::new(sessions_max), limits }
+        let (count, sessions_max) = (AtomicUsize::new(0), AtomicUsize::new(sessions_max));
+        Self { table: Mutex::new(table), count, sessions_max, limits }
+    }
+
+    /// The table, to begin or end sessions.
+    fn locked(&self) -> Locked<'_> {
+        Locked { table: lock(&self.table), count: &self.count }
     }
 
     /// The same, whose first one has handles that begin with this generation.
@@ -238,7 +259,7 @@ impl Sessions {
         now: Instant,
     ) -> (Result<Joined, NotJoined>, Effects) {
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         let joined = table.join(peer, connection, now, &mut effects, |table, effects| {
             // Sessions without a connection are evicted for it.
             let sessions_max = self.sessions_max.load(Ordering::Relaxed);
@@ -263,10 +284,10 @@ impl Sessions {
     /// Ends the sessions of these clients, as far as they can be ended now.
     pub fn revoke(&self, of: impl Fn(&Identity) -> bool, now: Instant) -> Effects {
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         let theirs = table.by_id.iter_mut().filter(|(_, place)| of(&place.session.identity));
         let revoked = theirs.map(|(&id, place)| {
-            place.session.revoke();
+            place.session.end_because(EndReason::Revoked);
             place.is_superseded = true;
             id
         });
@@ -285,6 +306,31 @@ impl Sessions {
     pub fn revoke_files(&self) -> Vec<Arc<OpenFile>> {
         let sessions: Vec<_> = lock(&self.table).by_id.values().map(|of| Arc::clone(&of.session)).collect();
         sessions.iter().flat_map(|session| session.revoke_files()).collect()
+    }
+
+    /// Ends a session because an administrator wants it, as far as it can be ended now. None: it has ended.
+    pub fn kill(&self, session: &Arc<Session>, now: Instant) -> Option<Effects> {
+        let mut effects = Effects::default();
+        let mut table = self.locked();
+        let of = table.by_id.get_mut(&session.id).filter(|of| Arc::ptr_eq(&of.session, session))?;
+        session.end_because(EndReason::Killed);
+        of.is_superseded = true;
+        if table.killed.len() == KILLED_MAX {
+            table.killed.pop_front();
+        }
+        table.killed.push_back(session.id);
+        table.give_up(session.id, now, &mut effects);
+        Some(effects)
+    }
+
+    /// Sessions, a part of them at a time: those from a place on, and the place of the next part if there is
+    /// one. Begin with 0. What begins or ends in the meantime may be missing; nothing is there twice.
+    pub fn list(&self, from: usize, at_most: usize) -> (Vec<Arc<Session>>, Option<usize>) {
+        let mut part = Vec::with_capacity(at_most);
+        let table = lock(&self.table);
+        let to = table.listed.capacity().min(from.saturating_add(at_most));
+        part.extend((from..to).filter_map(|at| table.listed.get(at)).map(Arc::clone));
+        (part, (to < table.listed.capacity()).then_some(to))
     }
 
     /// A connection asks whether its requests may run: whether nothing can happen any more of what they must
@@ -327,7 +373,7 @@ impl Sessions {
         let Member { session, channel, name } = member;
         let Remains { outcomes, fence, executing, linger } = remains;
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         table.counts.orphans += executing;
         for given_up in fence.into_iter().flat_map(|fence| fence.superseded) {
             if let Some(of) = table.by_id.get_mut(&given_up.id) {
@@ -354,7 +400,7 @@ impl Sessions {
     pub fn orphan_ended(&self, member: &Member, ended: Option<(u32, Status, u64)>, now: Instant) -> Effects {
         let Member { session, channel, .. } = member;
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         table.counts.orphans -= 1;
         let of = table.by_id.get_mut(&session.id);
         if let Some(place) = of.and_then(|of| of.channels.get_mut(channel)) {
@@ -367,7 +413,7 @@ impl Sessions {
     /// Forgets the channels whose time is over. [`Effects::expires`] says when the next one's is.
     pub fn expire(&self, now: Instant) -> Effects {
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         while let Some(first) = table.deadlines.first_entry().filter(|first| first.key().0 <= now) {
             let (session, channel) = first.remove();
             table.counts.expired += 1;
@@ -385,7 +431,7 @@ impl Sessions {
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        lock(&self.table).by_id.len()
+        self.count.load(Ordering::Relaxed)
     }
 
     /// Whether their requests are counted.
@@ -405,6 +451,32 @@ impl Sessions {
     }
 }
 
+/// The table, locked. The number of sessions is published when it is unlocked.
+struct Locked<'a> {
+    table: MutexGuard<'a, Table>,
+    count: &'a AtomicUsize,
+}
+
+impl Deref for Locked<'_> {
+    type Target = Table;
+
+    fn deref(&self) -> &Table {
+        &self.table
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Table {
+        &mut self.table
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.count.store(self.table.by_id.len(), Ordering::Relaxed);
+    }
+}
+
 impl Table {
     fn join(
         &mut self,
@@ -418,10 +490,14 @@ impl Table {
             Some(channel) => (ChannelKey::Numbered(channel.number), channel.epoch),
             None => (ChannelKey::Unnumbered(connection), 1),
         };
+        if self.killed.contains(&peer.session) {
+            return Err(NotJoined::Killed);
+        }
         let is_new = !self.by_id.contains_key(&peer.session);
         if is_new {
             let session = begin(self, effects).map_err(NotJoined::Excess)?;
             let of = Of {
+                listed: self.listed.insert(Arc::clone(&session)),
                 session,
                 channels: HashMap::new(),
                 connections: 0,
@@ -556,6 +632,7 @@ impl Table {
             return;
         }
         if let Some(of) = self.by_id.remove(&id) {
+            self.listed.remove(of.listed);
             if let Some(idle) = of.idle {
                 self.idle.remove(address, idle);
             }
@@ -605,6 +682,7 @@ impl Clone for Sessions {
     fn clone(&self) -> Self {
         Self {
             table: Mutex::new(lock(&self.table).clone()),
+            count: AtomicUsize::new(self.len()),
             sessions_max: AtomicUsize::new(self.sessions_max.load(Ordering::Relaxed)),
             limits: Arc::clone(&self.limits),
         }
@@ -722,6 +800,73 @@ mod tests {
         let mut run = run();
         let handle = run.join(1, None).member.session.insert(null(), &None).unwrap();
         assert!(run.join(2, None).member.session.get(handle).is_none());
+    }
+
+    #[test]
+    fn many_sessions_are_listed_in_parts_while_others_begin_and_end() {
+        const ALL: usize = 100_000;
+        let mut run = Run::new(2 * ALL, limits(10, 1 << 30));
+        let mut joined: VecDeque<_> = (0..ALL as u128)
+            .map(|number| {
+                let id = SessionId(number.to_be_bytes());
+                run.join_as(&Peer { session: id, ..peer(1, None) }).0.expect("it may join")
+            })
+            .collect();
+        let session = |joined: &Joined| Arc::clone(&joined.member.session);
+        let stay: Vec<_> = joined.iter().skip(ALL / 2).map(session).collect();
+        let (mut seen, mut from, mut longest) = (Vec::new(), Some(0), Duration::ZERO);
+        let mut number = ALL as u128;
+        while let Some(at) = from {
+            let began = Instant::now();
+            let (part, next) = run.sessions.list(at, 256);
+            longest = longest.max(began.elapsed());
+            assert!(part.len() <= 256 && next.is_none_or(|next| next > at));
+            seen.extend(part);
+            from = next;
+            // One ends and another one begins, in its place or elsewhere.
+            let _ = run.end(joined.pop_front().expect("there are more"), 0, Duration::ZERO);
+            number += 1;
+            let id = SessionId(number.to_be_bytes());
+            joined.push_back(run.join_as(&Peer { session: id, ..peer(1, None) }).0.expect("it may join"));
+        }
+        let mut places: Vec<_> = seen.iter().map(Arc::as_ptr).collect();
+        places.sort_unstable();
+        places.dedup();
+        assert_eq!(places.len(), seen.len(), "none is there twice");
+        assert!(
+            stay.iter().all(|session| places.binary_search(&Arc::as_ptr(session)).is_ok()),
+            "none is missing"
+        );
+        assert_eq!(run.sessions.len(), ALL);
+        // The table is locked for some 25 us each time. A slow machine may be preempted in between.
+        assert!(longest < Duration::from_millis(100), "{longest:?}");
+        while let Some(joined) = joined.pop_front() {
+            let _ = run.end(joined, 0, Duration::ZERO);
+        }
+        assert!(lock(&run.sessions.table).listed.is_empty());
+    }
+
+    #[test]
+    fn a_session_that_is_killed_is_not_begun_anew_by_its_client() {
+        let mut run = run();
+        let (joined, other) = (run.join(1, Some((0, 1))), run.join(2, Some((0, 1))));
+        let session = Arc::clone(&joined.member.session);
+        let effects = run.sessions.kill(&session, run.now).expect("it is there");
+        assert_eq!((effects.close, session.end_reason()), (vec![joined.member.name], EndReason::Killed));
+        assert!(matches!(run.try_join(1, Some((0, 2))), Err(NotJoined::Killed)), "while it ends");
+        assert_eq!(run.end(joined, 0, LINGER).ended.len(), 1);
+        assert!(run.sessions.kill(&session, run.now).is_none(), "it has ended");
+        assert!(matches!(run.try_join(1, Some((0, 3))), Err(NotJoined::Killed)), "and later");
+        assert_eq!((run.sessions.len(), other.member.session.end_reason()), (1, EndReason::None));
+        // A server remembers some.
+        for number in 0..=KILLED_MAX {
+            let id = SessionId((number as u128 + 1000).to_be_bytes());
+            let joined = run.join_as(&Peer { session: id, ..peer(1, None) }).0.expect("it may join");
+            let _ = run.sessions.kill(&joined.member.session, run.now).expect("it is there");
+            let _ = run.end(joined, 0, Duration::ZERO);
+        }
+        assert!(run.try_join(1, None).is_ok(), "this one is forgotten");
+        assert_eq!(lock(&run.sessions.table).killed.len(), KILLED_MAX);
     }
 
     #[test]

@@ -3,16 +3,21 @@
 //! Each worker has its own, written by itself alone with plain loads and stores; whoever asks adds them up.
 //! What is read while workers run is not one moment's truth, but each number is right.
 
+use std::collections::HashMap;
 use std::fmt::Write;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use raio_transport::protocol::{OPERATIONS, Opcode};
+use raio_transport::reactor::IdleTime;
+use raio_transport::sync::lock;
 use raio_transport::transport::CloseReason;
 
+use crate::disks::Disk;
 use crate::limits::{WHO_COUNT, Who};
 use crate::throttle::{WHOSE_COUNT, Whose};
+use crate::tuning::statistics::CLIENTS_SHOWN;
 
 /// A number that one thread writes and others read.
 #[derive(Debug, Default)]
@@ -74,11 +79,15 @@ const BUCKETS: usize = ((LONGEST_LOG2 - SHORTEST_LOG2) << BUCKETS_PER_OCTAVE_LOG
 /// How many requests have taken how long: a histogram with logarithmic buckets, of which each is an eighth of
 /// what it stands for wide.
 #[derive(Debug)]
-pub struct Histogram(Box<[Counter]>);
+pub struct Histogram {
+    buckets: [Counter; BUCKETS],
+    /// How long all of them together have taken, in nanoseconds.
+    sum_ns: Counter,
+}
 
 impl Default for Histogram {
     fn default() -> Self {
-        Self((0..BUCKETS).map(|_| Counter::default()).collect())
+        Self { buckets: std::array::from_fn(|_| Counter::default()), sum_ns: Counter::default() }
     }
 }
 
@@ -89,7 +98,8 @@ impl Histogram {
         let octave = ns.ilog2();
         let within = (ns >> (octave - BUCKETS_PER_OCTAVE_LOG2)) & ((1 << BUCKETS_PER_OCTAVE_LOG2) - 1);
         let bucket = u64::from((octave - SHORTEST_LOG2) << BUCKETS_PER_OCTAVE_LOG2) + within;
-        self.0[bucket as usize].add(count);
+        self.buckets[bucket as usize].add(count);
+        self.sum_ns.add((took.as_nanos() as u64).saturating_mul(count));
     }
 
     /// The end of a bucket.
@@ -102,12 +112,29 @@ impl Histogram {
 
     /// Adds what another has counted.
     fn add(&self, other: &Self) {
-        self.0.iter().zip(&other.0).for_each(|(sum, counter)| sum.add(counter.get()));
+        self.buckets.iter().zip(&other.buckets).for_each(|(sum, counter)| sum.add(counter.get()));
+        self.sum_ns.add(other.sum_ns.get());
     }
 
     /// How many requests were counted.
     pub fn count(&self) -> u64 {
-        self.0.iter().map(Counter::get).sum()
+        self.buckets.iter().map(Counter::get).sum()
+    }
+
+    /// How long all of them together have taken.
+    pub fn sum(&self) -> Duration {
+        Duration::from_nanos(self.sum_ns.get())
+    }
+
+    /// For each power of two of nanoseconds from the first bucket's end on: how many took less.
+    pub fn octaves(&self) -> impl Iterator<Item = (Duration, u64)> {
+        let mut below = 0;
+        self.buckets.chunks(1 << BUCKETS_PER_OCTAVE_LOG2).zip(SHORTEST_LOG2 + 1..).map(
+            move |(octave, log2)| {
+                below += octave.iter().map(Counter::get).sum::<u64>();
+                (Duration::from_nanos(1 << log2), below)
+            },
+        )
     }
 
     /// A duration that this part of the requests, or more, have not exceeded; zero if there were none.
@@ -118,7 +145,7 @@ impl Histogram {
             seen += counter.get();
             seen >= wanted
         };
-        self.0.iter().position(reaches).map_or(Duration::ZERO, Self::end)
+        self.buckets.iter().position(reaches).map_or(Duration::ZERO, Self::end)
     }
 }
 
@@ -126,8 +153,10 @@ impl Histogram {
 #[derive(Debug, Default)]
 pub struct ExportCounters {
     /// Requests that were carried out and answered.
-    pub requests: Counter,
-    /// Of these, with a failure.
+    requests: PerOperation<Counter>,
+    /// How long those that were measured took. There is room once there is one.
+    latencies: PerOperation<OnceLock<Box<Histogram>>>,
+    /// Of the requests, those with a failure.
     pub errors: Counter,
     /// Bytes read and answered.
     pub read_bytes: Counter,
@@ -149,10 +178,157 @@ impl ByExport {
         self.0.get(place)?.get().map(|counters| &**counters)
     }
 
+    /// Those of all exports that there are or have been.
+    fn iter(&self) -> impl Iterator<Item = &ExportCounters> {
+        self.0.iter().filter_map(|counters| counters.get().map(|counters| &**counters))
+    }
+
     /// There is an export in this place, or is about to be. Any thread may say so.
     pub fn prepare(&self, place: usize) {
         if let Some(counters) = self.0.get(place) {
             counters.get_or_init(Box::default);
+        }
+    }
+}
+
+impl ExportCounters {
+    /// A request with this opcode was carried out and answered.
+    pub fn request(&self, opcode: Opcode) {
+        self.requests.of(opcode).add(1);
+    }
+
+    /// How many have been.
+    pub fn requests(&self, opcode: Opcode) -> u64 {
+        self.requests.of(opcode).get()
+    }
+
+    /// How many have been, of all kinds.
+    pub fn all_requests(&self) -> u64 {
+        self.requests.0.iter().map(Counter::get).sum()
+    }
+
+    /// Requests with this opcode have taken this long.
+    fn took(&self, opcode: Opcode, took: Duration, count: u64) {
+        self.latencies.of(opcode).get_or_init(Box::default).record(took, count);
+    }
+
+    fn latency(&self, opcode: Opcode) -> Option<&Histogram> {
+        self.latencies.of(opcode).get().map(|histogram| &**histogram)
+    }
+}
+
+/// What one worker counts for one client of `clients.toml`. Each worker's lie in cache lines of their own.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+pub struct ClientCounters {
+    /// Requests that were answered.
+    pub requests: Counter,
+    /// Bytes read and answered.
+    pub read_bytes: Counter,
+    /// Bytes written.
+    pub written_bytes: Counter,
+}
+
+/// What is counted for one client.
+#[derive(Debug)]
+pub struct CountedClient {
+    sessions: AtomicU64,
+    workers: Box<[ClientCounters]>,
+}
+
+impl CountedClient {
+    /// What one worker counts.
+    pub fn worker(&self, index: usize) -> &ClientCounters {
+        &self.workers[index]
+    }
+}
+
+/// A session of a client, counted as long as this is there.
+#[derive(Debug)]
+pub struct CountedSession(Arc<CountedClient>);
+
+impl CountedSession {
+    /// Whose it is.
+    pub fn client(&self) -> &Arc<CountedClient> {
+        &self.0
+    }
+}
+
+impl Drop for CountedSession {
+    fn drop(&mut self) {
+        self.0.sessions.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The clients of `clients.toml` that have had a session. There are no more of them than that file has had.
+#[derive(Debug)]
+pub struct CountedClients {
+    workers: usize,
+    by_name: Mutex<HashMap<String, Arc<CountedClient>>>,
+}
+
+/// The sums of what is counted for a client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientTotals {
+    /// What `clients.toml` calls it.
+    pub name: String,
+    /// Its sessions now.
+    pub sessions: u64,
+    /// Requests that were answered.
+    pub requests: u64,
+    /// Bytes read and answered.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+}
+
+impl CountedClients {
+    /// For so many workers.
+    pub fn new(workers: usize) -> Self {
+        Self { workers, by_name: Mutex::default() }
+    }
+
+    /// A session of the client with this name has begun.
+    pub fn begin_session(&self, name: &str) -> CountedSession {
+        let mut by_name = lock(&self.by_name);
+        let client = match by_name.get(name) {
+            Some(client) => Arc::clone(client),
+            None => {
+                let workers = (0..self.workers).map(|_| ClientCounters::default()).collect();
+                let client = Arc::new(CountedClient { sessions: AtomicU64::default(), workers });
+                by_name.insert(name.to_owned(), Arc::clone(&client));
+                client
+            }
+        };
+        drop(by_name);
+        client.sessions.fetch_add(1, Ordering::Relaxed);
+        CountedSession(client)
+    }
+
+    /// Those that have had most requests, most first: no more than [`CLIENTS_SHOWN`].
+    pub fn busiest(&self) -> Vec<ClientTotals> {
+        let clients: Vec<_> = {
+            let by_name = lock(&self.by_name);
+            by_name.iter().map(|(name, client)| (name.clone(), Arc::clone(client))).collect()
+        };
+        let mut totals: Vec<_> = clients.into_iter().map(|(name, client)| client.totals(name)).collect();
+        totals.sort_by(|a, b| (b.requests, &a.name).cmp(&(a.requests, &b.name)));
+        totals.truncate(CLIENTS_SHOWN);
+        totals
+    }
+}
+
+impl CountedClient {
+    fn totals(&self, name: String) -> ClientTotals {
+        let sum = |counter: fn(&ClientCounters) -> &Counter| {
+            self.workers.iter().map(|worker| counter(worker).get()).sum()
+        };
+        ClientTotals {
+            name,
+            sessions: self.sessions.load(Ordering::Relaxed),
+            requests: sum(|c| &c.requests),
+            read_bytes: sum(|c| &c.read_bytes),
+            written_bytes: sum(|c| &c.written_bytes),
         }
     }
 }
@@ -228,12 +404,20 @@ pub struct Counters {
     pub sleeps: Counter,
     /// Requests that were answered on arrival, by the fast path.
     pub fast_path: Counter,
+    /// How long the worker has waited for something to do.
+    pub idle: Arc<IdleTime>,
     /// By the export's place among all.
     pub exports: ByExport,
-    latencies: PerOperation<Histogram>,
+    /// Of requests that are on no export, and of those that were rejected before they began.
+    pub no_export: ExportCounters,
     requests: PerOperation<Counter>,
+    /// Failures by operation and errno, once there is one.
+    failures: OnceLock<Box<[Counter]>>,
     closes: [Counter; REASONS.len()],
 }
+
+/// Errno is less than this; what is not counts as the last one.
+const ERRNOS: usize = 136;
 
 impl Counters {
     /// For exports in these places, the first ones, of so many that there may be.
@@ -243,9 +427,49 @@ impl Counters {
         Self { exports: by_export, ..Self::default() }
     }
 
-    /// How long requests with this opcode take.
-    pub fn latency(&self, opcode: Opcode) -> &Histogram {
-        self.latencies.of(opcode)
+    /// What is counted for an export; None is for what is on none.
+    pub fn export(&self, export: Option<usize>) -> &ExportCounters {
+        export.and_then(|export| self.exports.get(export)).unwrap_or(&self.no_export)
+    }
+
+    /// All that is counted by export.
+    fn all_exports(&self) -> impl Iterator<Item = &ExportCounters> {
+        self.exports.iter().chain([&self.no_export])
+    }
+
+    /// Requests with this opcode on an export have taken this long.
+    pub fn took(&self, export: Option<usize>, opcode: Opcode, took: Duration, count: u64) {
+        self.export(export).took(opcode, took, count);
+    }
+
+    /// How long requests with this opcode take, on all exports.
+    pub fn latency(&self, opcode: Opcode) -> Histogram {
+        let sum = Histogram::default();
+        self.all_exports().filter_map(|export| export.latency(opcode)).for_each(|part| sum.add(part));
+        sum
+    }
+
+    /// A request with this opcode has failed.
+    #[cold]
+    pub fn failed(&self, opcode: Opcode, errno: i32) {
+        let failures = self
+            .failures
+            .get_or_init(|| (0..OPERATIONS.len() * ERRNOS).map(|_| Counter::default()).collect());
+        let errno = usize::try_from(errno).unwrap_or(0).min(ERRNOS - 1);
+        failures[(opcode as usize - 1) * ERRNOS + errno].add(1);
+    }
+
+    /// The failures by operation and errno, of which there are any.
+    pub fn failures(&self) -> impl Iterator<Item = (Opcode, i32, u64)> {
+        let counters = self.failures.get().into_iter().flat_map(|counters| counters.iter().enumerate());
+        counters
+            .filter(|(_, counter)| counter.get() > 0)
+            .map(|(at, counter)| (OPERATIONS[at / ERRNOS].opcode, (at % ERRNOS) as i32, counter.get()))
+    }
+
+    /// How many connections have closed for each reason.
+    pub fn closes(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        REASONS.into_iter().zip(self.closes.iter().map(Counter::get))
     }
 
     /// A request with this opcode has come.
@@ -333,6 +557,22 @@ pub struct Whole<'a> {
     pub data_connections: &'a [usize],
     /// The exports' places and names.
     pub exports: &'a [(usize, &'a str)],
+    /// How long the server runs.
+    pub uptime: Duration,
+    /// `serving` or `draining`.
+    pub phase: &'a str,
+    /// How many configurations it has had.
+    pub config_generation: u64,
+    /// Whether each worker does not go on.
+    pub stuck: &'a [bool],
+    /// What the lanes of each export have to do, as JSON.
+    pub lanes: &'a [String],
+    /// What does not go on, as JSON.
+    pub stalled: &'a str,
+    /// What the exports lie on.
+    pub disks: &'a [Disk],
+    /// The busiest clients that have keys.
+    pub clients: &'a [ClientTotals],
 }
 
 /// One line of JSON: the sums over all workers, with what only the whole server knows.
@@ -366,6 +606,9 @@ pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Who
     number("iterations", sum(|c| &c.iterations));
     number("sleeps", sum(|c| &c.sleeps));
     number("log_lines_lost", crate::log::lost());
+    number("uptime_seconds", whole.uptime.as_secs());
+    number("config_generation", whole.config_generation);
+    let _ = write!(out, ",\"phase\":\"{}\"", whole.phase);
     let mut object = |name: &str, fields: &mut dyn Iterator<Item = (&str, u64)>| {
         let fields: Vec<_> = fields.map(|(name, value)| format!("\"{name}\":{value}")).collect();
         let _ = write!(out, ",\"{name}\":{{{}}}", fields.join(","));
@@ -445,19 +688,73 @@ pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Who
             .map(|(index, name)| (name, workers.clone().map(|worker| worker.closes[index].get()).sum())),
     );
     write_latencies(&mut out, workers.clone());
-    write_exports(&mut out, workers.clone(), whole.exports);
+    write_exports(&mut out, workers.clone(), whole);
+    write_disks(&mut out, whole.disks);
+    write_clients(&mut out, whole.clients);
+    write_workers(&mut out, workers, whole);
+    let _ = write!(out, ",\"stalled\":{}}}", whole.stalled);
+    out
+}
+
+fn write_workers<'a>(out: &mut String, workers: impl Iterator<Item = &'a Counters>, whole: &Whole<'_>) {
+    let now = Instant::now();
     out.push_str(",\"per_worker\":[");
     for (at, (worker, data_connections)) in workers.zip(whole.data_connections).enumerate() {
         let comma = if at > 0 { "," } else { "" };
+        let (idle, busy) = worker.idle.read(now);
         let _ = write!(
             out,
-            "{comma}{{\"connections\":{},\"data_connections\":{data_connections},\"answered\":{}}}",
+            "{comma}{{\"connections\":{},\"data_connections\":{data_connections},\"answered\":{},\
+             \"iterations\":{},\"sleeps\":{},\"busy_us\":{},\"idle_us\":{},\"stuck\":{}}}",
             worker.connections.get(),
-            worker.answered.get()
+            worker.answered.get(),
+            worker.iterations.get(),
+            worker.sleeps.get(),
+            busy.as_micros(),
+            idle.as_micros(),
+            whole.stuck.get(at).copied().unwrap_or(false)
         );
     }
-    out.push_str("]}");
-    out
+    out.push(']');
+}
+
+fn write_disks(out: &mut String, disks: &[Disk]) {
+    out.push_str(",\"disks\":[");
+    for (at, disk) in disks.iter().enumerate() {
+        let comma = if at > 0 { "," } else { "" };
+        let exports: Vec<_> = disk.exports.iter().map(|name| format!("\"{}\"", json_escaped(name))).collect();
+        let _ = write!(
+            out,
+            "{comma}{{\"name\":\"{}\",\"exports\":[{}],\"reads\":{},\"read_bytes\":{},\"writes\":{},\
+             \"written_bytes\":{},\"busy_ms\":{},\"in_flight\":{}}}",
+            json_escaped(&disk.name),
+            exports.join(","),
+            disk.reads,
+            disk.read_bytes,
+            disk.writes,
+            disk.written_bytes,
+            disk.busy_ms,
+            disk.in_flight
+        );
+    }
+    out.push(']');
+}
+
+fn write_clients(out: &mut String, clients: &[ClientTotals]) {
+    out.push_str(",\"clients\":{");
+    for (at, client) in clients.iter().enumerate() {
+        let comma = if at > 0 { "," } else { "" };
+        let _ = write!(
+            out,
+            "{comma}\"{}\":{{\"sessions\":{},\"requests\":{},\"read_bytes\":{},\"written_bytes\":{}}}",
+            json_escaped(&client.name),
+            client.sessions,
+            client.requests,
+            client.read_bytes,
+            client.written_bytes
+        );
+    }
+    out.push('}');
 }
 
 /// In microseconds, by operation.
@@ -465,23 +762,40 @@ fn write_latencies<'a>(out: &mut String, workers: impl Iterator<Item = &'a Count
     out.push_str(",\"latency_us\":{");
     for (at, operation) in OPERATIONS.iter().enumerate() {
         let sum = Histogram::default();
-        workers.clone().for_each(|worker| sum.add(worker.latency(operation.opcode)));
-        let us = |part| sum.quantile(part).as_nanos() as f64 / 1000.0;
+        workers.clone().for_each(|worker| sum.add(&worker.latency(operation.opcode)));
         let comma = if at > 0 { "," } else { "" };
-        let _ = write!(
-            out,
-            "{comma}\"{}\":{{\"count\":{},\"p50\":{:.1},\"p90\":{:.1},\"p99\":{:.1},\
-             \"p999\":{:.1},\"max\":{:.1}}}",
-            operation.name,
-            sum.count(),
-            us(0.5),
-            us(0.9),
-            us(0.99),
-            us(0.999),
-            us(1.0)
-        );
+        out.push_str(comma);
+        write_latency(out, operation.name, &sum);
     }
     out.push('}');
+}
+
+fn write_latency(out: &mut String, operation: &str, histogram: &Histogram) {
+    let us = |part| histogram.quantile(part).as_nanos() as f64 / 1000.0;
+    let _ = write!(
+        out,
+        "\"{operation}\":{{\"count\":{},\"p50\":{:.1},\"p90\":{:.1},\"p99\":{:.1},\"p999\":{:.1},\"max\":{:.1}}}",
+        histogram.count(),
+        us(0.5),
+        us(0.9),
+        us(0.99),
+        us(0.999),
+        us(1.0)
+    );
+}
+
+/// How long requests on an export took (None: on no export), by operation: those of which there were any.
+pub fn latencies_of<'a>(
+    workers: impl Iterator<Item = &'a Counters> + Clone,
+    export: Option<usize>,
+) -> impl Iterator<Item = (Opcode, Histogram)> {
+    OPERATIONS.iter().filter_map(move |operation| {
+        let mut parts = workers.clone().filter_map(|worker| worker.export(export).latency(operation.opcode));
+        let sum = Histogram::default();
+        sum.add(parts.next()?);
+        parts.for_each(|part| sum.add(part));
+        Some((operation.opcode, sum))
+    })
 }
 
 /// A string as JSON has it between quotes.
@@ -502,27 +816,33 @@ fn json_escaped(text: &str) -> String {
 fn write_exports<'a>(
     out: &mut String,
     workers: impl Iterator<Item = &'a Counters> + Clone,
-    exports: &[(usize, &str)],
+    whole: &Whole<'_>,
 ) {
     out.push_str(",\"exports\":{");
-    for (at, &(place, name)) in exports.iter().enumerate() {
+    for (export, &(place, name)) in whole.exports.iter().enumerate() {
+        let counters = || workers.clone().filter_map(|worker| worker.exports.get(place));
         let sum = |counter: fn(&ExportCounters) -> &Counter| {
-            let of_workers = workers.clone().filter_map(|worker| worker.exports.get(place));
-            of_workers.map(|counters| counter(counters).get()).sum::<u64>()
+            counters().map(|counters| counter(counters).get()).sum::<u64>()
         };
-        let comma = if at > 0 { "," } else { "" };
+        let comma = if export > 0 { "," } else { "" };
         let name = json_escaped(name);
         let _ = write!(
             out,
             "{comma}\"{name}\":{{\"requests\":{},\"errors\":{},\"read_bytes\":{},\"written_bytes\":{},\
-             \"throttled\":{},\"throttled_us\":{}}}",
-            sum(|c| &c.requests),
+             \"throttled\":{},\"throttled_us\":{},\"latency_us\":{{",
+            counters().map(ExportCounters::all_requests).sum::<u64>(),
             sum(|c| &c.errors),
             sum(|c| &c.read_bytes),
             sum(|c| &c.written_bytes),
             sum(|c| &c.throttled),
             sum(|c| &c.throttled_us)
         );
+        for (at, (opcode, latency)) in latencies_of(workers.clone(), Some(place)).enumerate() {
+            out.push_str(if at > 0 { "," } else { "" });
+            write_latency(out, opcode.operation().name, &latency);
+        }
+        let lanes = whole.lanes.get(export).map_or("{}", String::as_str);
+        let _ = write!(out, "}},\"lanes\":{lanes}}}");
     }
     out.push('}');
 }
@@ -545,7 +865,7 @@ mod tests {
             worker.read_bytes.add(5);
             worker.iteration_bytes_max.set(7);
             worker.request(Opcode::Cancel);
-            worker.latency(Opcode::Read).record(Duration::from_micros(100), 2);
+            worker.took(Some(0), Opcode::Read, Duration::from_micros(100), 2);
             worker.exports.get(1).unwrap().written_bytes.add(9);
             worker.throttled(Whose::Export, Some(1));
             worker.throttled_time(Some(1), Duration::from_micros(1500));
@@ -561,9 +881,17 @@ mod tests {
             open_files: 2,
             data_connections: &[4, 5],
             exports: &[(0, "a"), (1, "b\"")],
+            uptime: Duration::from_secs(9),
+            phase: "serving",
+            config_generation: 2,
+            lanes: &["{\"data\":{}}".to_owned()],
+            stalled: "[]",
+            stuck: &[true, false],
+            disks: &[],
+            clients: &[],
         };
         let json = json(workers.iter(), &whole);
-        assert!(json.starts_with('{') && json.ends_with("}]}") && !json.contains('\n'));
+        assert!(json.starts_with('{') && json.ends_with("}],\"stalled\":[]}") && !json.contains('\n'));
         for part in [
             "\"read_bytes\":10",
             "\"stale\":5",
@@ -577,7 +905,11 @@ mod tests {
             "\"read\":0",
             "\"read\":{\"count\":4,\"p50\":106.5,",
             "\"b\\\"\":{\"requests\":0,\"errors\":0,\"read_bytes\":0,\"written_bytes\":18,",
-            "\"throttled\":2,\"throttled_us\":3000}}",
+            "\"throttled\":2,\"throttled_us\":3000,\"latency_us\":{},\"lanes\":{}}}",
+            "},\"lanes\":{\"data\":{}}},",
+            "\"throttled_us\":0,\"latency_us\":{\"read\":{\"count\":4,",
+            "\"uptime_seconds\":9,\"config_generation\":2,\"phase\":\"serving\"",
+            ",\"stuck\":true},{",
             "\"per_worker\":[{\"connections\":0,\"data_connections\":4,",
         ] {
             assert!(json.contains(part), "{part} is not in {json}");
@@ -597,6 +929,49 @@ mod tests {
             histogram.record(Duration::from_nanos(ns), 1);
             assert!(histogram.quantile(1.0) <= Duration::from_nanos(counted + counted / 8));
         }
+    }
+
+    #[test]
+    fn octaves_end_at_powers_of_two_and_count_all_below() {
+        let histogram = Histogram::default();
+        histogram.record(Duration::from_nanos(2047), 1);
+        histogram.record(Duration::from_nanos(2048), 2);
+        histogram.record(Duration::from_secs(100), 4);
+        let octaves: Vec<_> = histogram.octaves().collect();
+        assert_eq!(octaves[..2], [(Duration::from_nanos(2048), 1), (Duration::from_nanos(4096), 3)]);
+        assert_eq!(octaves[octaves.len() - 2..].iter().map(|octave| octave.1).collect::<Vec<_>>(), [3, 7]);
+        assert_eq!(histogram.sum(), Duration::from_nanos(2047 + 2 * 2048 + 400_000_000_000));
+    }
+
+    #[test]
+    fn failures_are_counted_by_operation_and_errno() {
+        let counters = Counters::new(0, 0);
+        assert_eq!(counters.failures().count(), 0);
+        counters.failed(Opcode::Read, libc::EIO);
+        counters.failed(Opcode::Read, libc::EIO);
+        counters.failed(Opcode::Cancel, i32::MAX);
+        let failures: Vec<_> = counters.failures().collect();
+        assert_eq!(failures, [(Opcode::Read, libc::EIO, 2), (Opcode::Cancel, ERRNOS as i32 - 1, 1)]);
+    }
+
+    #[test]
+    fn the_busiest_clients_are_shown_with_what_all_workers_count() {
+        let clients = CountedClients::new(2);
+        let sessions: Vec<_> =
+            (0..CLIENTS_SHOWN + 1).map(|n| clients.begin_session(&format!("c{n:03}"))).collect();
+        let again = clients.begin_session("c007");
+        for worker in 0..2 {
+            let counters = again.client().worker(worker);
+            counters.requests.add(2);
+            counters.read_bytes.add(10);
+        }
+        let busiest = clients.busiest();
+        assert_eq!((busiest.len(), &*busiest[1].name), (CLIENTS_SHOWN, "c000"));
+        let first =
+            ClientTotals { name: "c007".into(), sessions: 2, requests: 4, read_bytes: 20, written_bytes: 0 };
+        assert_eq!(busiest[0], first);
+        drop((again, sessions));
+        assert!(clients.busiest().iter().all(|client| client.sessions == 0));
     }
 
     #[test]

@@ -205,6 +205,17 @@ pub mod channels {
     pub const FENCE_LOGGED_AFTER: Duration = Duration::from_secs(5);
     /// A look at all connections that wait costs a worker time: not more often than this.
     pub const FENCES_CHECKED_EVERY: Duration = Duration::from_secs(1);
+    /// Sessions that an administrator has ended, and whose clients are told so when they connect again. Each
+    /// hello is compared with all of them.
+    pub const KILLED_MAX: usize = 256;
+}
+
+/// Requests that take long: [`crate::worker::SlowRequest`].
+pub mod slow {
+    /// Milliseconds: longer than any disk that works, and than what a client would wait for without a word.
+    pub const DEFAULT_MS: u64 = 100;
+    /// The latest of them that a worker keeps, 200 bytes each.
+    pub const KEPT: usize = 64;
 }
 
 /// What sessions, connections and files take, and what is in reserve: [`crate::limits`].
@@ -403,9 +414,15 @@ pub mod statistics {
     /// Sampling interval, in reads or writes: the latency of one in 16 is measured. Reading the clock twice
     /// costs 150 instructions, 3 % of a 4 KiB read at depth 1.
     pub const MEASURED_EVERY: u32 = 16;
+    /// Requests of an iteration whose latency counts for their sessions: those that it takes in and answers.
+    /// As many as one that reads 256 KiB in small pieces; beyond that the statistics alone have them.
+    pub const MEASURED_MAX: usize = 64;
     /// Publishing interval of the gauges of a busy worker, in iterations; it also publishes them before it
     /// sleeps. Publishing costs 100 instructions, and gauges need not be exact to the microsecond.
     pub const PUBLISHED_EVERY: u32 = 16;
+    /// Clients that are shown with what they have done: those with most requests. Not measured: as many as a
+    /// person may want to see.
+    pub const CLIENTS_SHOWN: usize = 100;
     /// Records of a worker's trace, of 40 bytes each: about 20,000 requests. Not measured.
     pub const TRACE_RECORDS: usize = 1 << 16;
     /// How long the end of the process waits for the trace to be written, for a file system may hang. Not
@@ -426,4 +443,70 @@ pub mod state {
     pub const CLAIM_RETRY: Duration = Duration::from_millis(20);
     /// ... and after how long it says for what it waits.
     pub const CLAIM_SAY_AFTER: Duration = Duration::from_secs(1);
+}
+
+/// What does not go on: [`crate::stalled`]. None is measured: they are for people.
+pub mod stalled {
+    use std::time::Duration;
+
+    /// A worker that has not finished an iteration for this time: a thousand times as long as it takes.
+    pub const WORKER_AFTER: Duration = Duration::from_secs(1);
+    /// A lane whose oldest job has not ended: longer than a disk that retries a sector.
+    pub const LANE_AFTER: Duration = Duration::from_secs(5);
+    /// The same where opens wait for the holder of a lease: the kernel takes it away after 45 s.
+    pub const LEASE_AFTER: Duration = Duration::from_secs(50);
+    /// Requests that have waited for memory, at each look.
+    pub const SLOTS_AFTER: Duration = Duration::from_secs(5);
+}
+
+/// What administrators ask for: [`crate::control`].
+pub mod control {
+    use std::time::Duration;
+
+    /// Sessions that are listed under one lock: some 25 µs.
+    pub const SESSIONS_AT_A_TIME: usize = 256;
+    /// How long a worker has to answer: a thousand of its iterations.
+    pub const ANSWER_TIMEOUT: Duration = Duration::from_millis(500);
+    /// How soon it is looked again whether a worker that was woken has gone on. Most have by the first time.
+    pub const LOOK_INTERVAL: Duration = Duration::from_millis(2);
+    /// Records of a trace that are written as one part of it: 1 MB.
+    pub const TRACE_PART: usize = 8192;
+    /// The longest that a trace lasts, in seconds: later records are over earlier ones long before.
+    pub const TRACE_SECONDS_MAX: u64 = 60;
+}
+
+/// The HTTP server ([`crate::http`]). None is measured: it is on no path of a request of raio.
+pub mod http {
+    use std::time::Duration;
+
+    /// Connections over TCP at a time: a few scrapers and browsers. One more takes the place of the one that
+    /// has waited longest ...
+    pub const CONNECTIONS_MAX: usize = 64;
+    /// ... and over the admin socket, whom the others cannot keep out.
+    pub const ADMIN_CONNECTIONS_MAX: usize = 16;
+    /// Of those over TCP, the ones that are sent events, which stay for long.
+    pub const STREAMS_MAX: usize = 16;
+    /// Bytes of a request, with its headers: what other servers take, too.
+    pub const HEAD_BYTES_MAX: usize = 8 << 10;
+    /// A request has come completely in this time after its first byte ...
+    pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+    /// ... or the next one in this after a response: longer than scrapers usually wait, a minute.
+    pub const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
+    /// A client takes something of a response within this.
+    pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
+    /// After the last response a client has this time to close the connection. With data unread the kernel
+    /// would reset it, and the client might not see the response.
+    pub const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
+    /// Characters of the token, at least: nobody guesses 16 over a network.
+    pub const TOKEN_BYTES_MIN: usize = 16;
+    /// Bytes that are read of its file.
+    pub const TOKEN_FILE_BYTES_MAX: u64 = 4096;
+    /// How often the main thread shows that it goes on ...
+    pub const BEAT: Duration = Duration::from_secs(1);
+    /// ... and after how long without that it is said to be stuck.
+    pub const BEAT_TIMEOUT: Duration = Duration::from_secs(10);
+    /// How often events are sent.
+    pub const EVENT_INTERVAL: Duration = Duration::from_secs(1);
+    /// When to try again if no connection can be accepted, for there are no descriptors left.
+    pub const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 }

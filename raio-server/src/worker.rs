@@ -11,7 +11,7 @@
 //! | [`throttled`] | which requests wait because of a rate |
 //! | [`admission`] | who gets memory, how much of it, and when |
 //! | [`device_queues`] | what devices have, and what is held back for them |
-//! | [`latencies`], [`tracer`] | how long requests take, and what becomes of each |
+//! | [`latencies`], [`slow`], [`tracer`] | how long requests take, and what becomes of each |
 //!
 //! The worker connects them: [`command`] takes a request in, [`fast_path`] answers it on arrival or
 //! [`pipeline`] moves it along, [`lifecycle`] is how connections begin and end, and [`fence`] how one takes
@@ -37,6 +37,7 @@ mod local_sessions;
 mod paths;
 mod pipeline;
 mod requests;
+mod slow;
 #[cfg(test)]
 mod tests;
 mod throttled;
@@ -44,7 +45,6 @@ mod tracer;
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -56,11 +56,13 @@ use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPERATION_FEATURES};
 use raio_transport::reactor::{self, DisabledRing, Event, Reactor, Receiver, Sender, Token, Wait};
 use raio_transport::sync::lock;
+use raio_transport::trace::{Clock, Ring};
 use raio_transport::transport::{
     self, Accepted, AcceptedStream, Incoming, QueuePairMemory, ServerEvent, ServerTransport,
 };
 use raio_transport::{Status, mux, rdma, tcp};
 
+use crate::activity::{Medium, SessionCounters};
 use crate::audit::Audit;
 use crate::cached::CachedFiles;
 use crate::config::{BackendKind, Config};
@@ -72,14 +74,16 @@ use crate::log::log_client;
 use crate::orphan_guard::OrphanGuard;
 use crate::peer::{Origin, PeerAddress};
 use crate::placement::Placement;
+use crate::reply::Reply;
 use crate::request::State;
+use crate::session::Session;
 use crate::sessions::{ConnectionName, Sessions};
-use crate::stats::Counters;
+use crate::stats::{CountedClients, Counters};
 use crate::stored::StoredDirectories;
 use crate::throttle::Throttles;
 use crate::trace::Trace;
 use crate::tuning::drain::{DELIVERY_CHECK, GOAWAY_TIMEOUT, GRACE, GRACE_OF_SILENT, QUIESCE_TIMEOUT};
-use crate::tuning::statistics::PUBLISHED_EVERY;
+use crate::tuning::statistics::{MEASURED_MAX, PUBLISHED_EVERY};
 use admission::Admission;
 use connections::{Arrival, Connections, Standing};
 use device_queues::DeviceQueues;
@@ -87,6 +91,8 @@ use fence::Orphan;
 use latencies::Latencies;
 use local_sessions::LocalSessions;
 use requests::Requests;
+use slow::SlowRequests;
+pub use slow::{SlowEnd, SlowRequest};
 use throttled::Throttled;
 use tracer::Tracer;
 
@@ -111,6 +117,8 @@ pub struct Shared {
     pub orphan_guard: OrphanGuard,
     /// How many operations and bytes a second clients and exports may have.
     pub throttles: Throttles,
+    /// What is counted for clients that have keys.
+    pub clients: CountedClients,
     /// How many bytes clients store, where that is limited.
     pub stored: Arc<StoredDirectories>,
     /// What each connection is granted.
@@ -137,10 +145,6 @@ pub struct Shared {
     pub audit: Option<Arc<Audit>>,
     /// What is locked as long as anything of the server can happen: see [`crate::claim`].
     pub claims: Mutex<Vec<Arc<OwnedFd>>>,
-    /// How many configurations there have been: the first one is number 1.
-    pub config_generation: AtomicU64,
-    /// The last one that was read was wrong, and so not applied.
-    pub last_reload_failed: AtomicBool,
 }
 
 impl Shared {
@@ -168,6 +172,7 @@ impl Shared {
             sessions,
             orphan_guard: OrphanGuard::default(),
             throttles: Throttles::new(config.exports.iter().map(|export| export.rates), Instant::now()),
+            clients: CountedClients::new(config.workers),
             stored: Arc::default(),
             policy: Arc::new(policy),
             workers: OnceLock::new(),
@@ -181,8 +186,6 @@ impl Shared {
             trace: trace.transpose()?,
             rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
             claims: Mutex::default(),
-            config_generation: AtomicU64::new(1),
-            last_reload_failed: AtomicBool::new(false),
         })
     }
 }
@@ -226,6 +229,8 @@ pub struct Settings {
     pub stall_timeout: Duration,
     /// The longest that a channel whose connection has broken is kept.
     pub linger: Duration,
+    /// A request that takes this long is slow.
+    pub slow: Duration,
     /// What a session, and what an address ([`crate::limits::Who`]), may have of its memory by the options.
     pub memory_caps: [usize; 2],
 }
@@ -237,6 +242,7 @@ impl Settings {
             spin: config.spin,
             stall_timeout: config.stall_timeout,
             linger: config.linger,
+            slow: config.slow,
             memory_caps: [config.session_caps, config.address_caps]
                 .map(|caps| config.each_workers(caps.memory)),
         }
@@ -267,6 +273,23 @@ pub enum Mail {
     Claim(Vec<Arc<OwnedFd>>),
     /// Have these settings from now on.
     Set(Settings),
+    /// An administrator ends a session.
+    Kill {
+        /// Which.
+        session: Arc<Session>,
+        /// Who wants it.
+        by: String,
+        /// Is told whether there was one.
+        done: Reply<bool>,
+    },
+    /// Somebody wants to know which requests have taken long.
+    Slow(Reply<Vec<SlowRequest>>),
+    /// Record all requests from now on, by this clock in this ring.
+    BeginTrace(Clock, Ring),
+    /// Do so no more, and give the ring back.
+    EndTrace(Reply<(usize, Ring)>),
+    /// Somebody wants to see that the worker goes on: it does as soon as it takes its mail.
+    Wake,
     /// Hand over what was traced since the last time.
     Trace,
     /// Finish what is in flight, by then, and end.
@@ -305,6 +328,10 @@ pub struct Worker {
     settings: Settings,
     device_queues: DeviceQueues,
     latencies: Latencies,
+    /// Which have taken long.
+    slow: SlowRequests,
+    /// Whose requests this iteration has taken in and answered, of those that are measured.
+    measured: Vec<Arc<SessionCounters>>,
     tracer: Tracer,
     /// Iterations since the gauges were published.
     unpublished: u32,
@@ -324,6 +351,8 @@ pub struct Worker {
     expires: Option<Instant>,
     /// There is a timer for [`FENCE_CHECK`].
     checks_fences: bool,
+    /// The export of the open that is answered at once, and counted.
+    opened_at_once: Option<usize>,
     /// Requests for a later iteration.
     deferred: VecDeque<transport::Request>,
     /// An option limits the requests of a session or an address, or `clients.toml` those of a client.
@@ -461,6 +490,7 @@ impl Worker {
             unclaimed,
         };
         counters.arena_bytes.set(arena.len() as u64);
+        reactor.set_idle_time(Arc::clone(&counters.idle));
         let policy = Policy { queue_pair: rdma.is_some(), ..Policy::clone(&shared.policy) };
         let mut tcp = tcp::TcpServer::new(TCP, Arc::new(policy));
         tcp.set_heap_max(shared.heap_bytes);
@@ -484,6 +514,7 @@ impl Worker {
                 || shared.keys.as_ref().is_some_and(|keys| keys.counts_requests()),
             tracer: Tracer::new(shared.trace.as_ref()),
             settings: shared.settings,
+            slow: SlowRequests::new(shared.settings.slow),
             shared,
             counters,
             index,
@@ -495,10 +526,11 @@ impl Worker {
             engine,
             cached: CachedFiles::new(),
             connections: Connections::default(),
-            sessions: LocalSessions::default(),
+            sessions: LocalSessions::of_worker(index),
             requests: Requests::default(),
             device_queues: DeviceQueues::default(),
             latencies: Latencies::default(),
+            measured: Vec::with_capacity(MEASURED_MAX),
             unpublished: 0,
             closing: 0,
             orphans: HashMap::new(),
@@ -508,6 +540,7 @@ impl Worker {
             joined: 0,
             expires: None,
             checks_fences: false,
+            opened_at_once: None,
             deferred: VecDeque::new(),
             events: Vec::new(),
             handed_over: false,
@@ -623,8 +656,18 @@ impl Worker {
                     self.reactor.set_spin(settings.spin);
                     self.transport.set_timeouts(settings.stall_timeout, settings.linger);
                     self.admission.set_caps(settings.memory_caps);
+                    self.slow.set_threshold(settings.slow);
                     self.settings = settings;
                 }
+                Mail::Kill { session, by, done } => done.send(self.kill(&session, &by)),
+                Mail::Slow(reply) => reply.send(self.slow_requests()),
+                Mail::BeginTrace(clock, ring) => _ = self.tracer.set_live(Some((clock, ring))),
+                Mail::EndTrace(reply) => {
+                    if let Some(ring) = self.tracer.set_live(None) {
+                        reply.send((self.index, ring));
+                    }
+                }
+                Mail::Wake => {}
                 Mail::Trace => self.hand_over_trace(),
                 Mail::Drain(deadline) => {
                     let reject_at = self.reactor.clock().now() + GRACE;
@@ -690,7 +733,7 @@ impl Worker {
             self.is_busy = true;
             match event {
                 ServerEvent::Opened(id, peer) => self.opened(id, *peer),
-                ServerEvent::Moved(from, to) => self.connections.on_moved(from, to),
+                ServerEvent::Moved(from, to) => self.moved(from, to),
                 ServerEvent::Request(request) if self.admission.has_budget() => self.take_request(&request),
                 // To take it on and have it wait for memory would cost more.
                 ServerEvent::Request(request) => self.deferred.push_back(request),
@@ -723,7 +766,9 @@ impl Worker {
         self.is_busy |= self.admission.is_exhausted();
         if self.latencies.end_iteration() {
             let began = self.reactor.clock().now();
-            self.latencies.record(began, self.reactor.clock().read(), &self.counters);
+            let now = self.reactor.clock().read();
+            self.latencies.record(began, now, &self.counters);
+            self.measured.drain(..).for_each(|counters| counters.took(now.saturating_duration_since(began)));
         }
     }
 

@@ -6,7 +6,9 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::global::Global;
-use crate::{bench, cat, cmp, cp, df, digest, discard, doctor, du, find, info, key, ln, load, ls, mkdir, mv};
+use crate::{
+    admin, bench, cat, cmp, cp, df, digest, discard, doctor, du, find, info, key, ln, load, ls, mkdir, mv,
+};
 use crate::{ping, rm, stat, sync, truncate};
 
 /// Copies, examines and measures files that raio servers export.
@@ -88,6 +90,9 @@ pub enum Command {
     /// Make this client's key, and trust the keys of servers
     #[command(after_long_help = flowing(include_str!("help/key.txt")))]
     Key(key::Options),
+    /// Show and change what a running server does
+    #[command(after_long_help = flowing(include_str!("help/admin.txt")))]
+    Admin(admin::Options),
     /// Print the completions of a shell
     Completions(CompletionOptions),
     /// Write the manual pages

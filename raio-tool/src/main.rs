@@ -4,6 +4,7 @@
 
 #![deny(unsafe_code)]
 
+mod admin;
 mod batch;
 mod bench;
 mod cat;
@@ -95,6 +96,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Doctor(options) => doctor::run(global, &options).map(done),
         Command::Load(options) => load::run(global, options),
         Command::Key(options) => key::run(global, &options).map(done),
+        Command::Admin(options) => admin::run(global, &options).map(done),
         Command::Completions(options) => manual::complete(&options).map(done),
         Command::Man(options) => manual::write(&options).map(done),
     }

@@ -56,3 +56,16 @@ pub const TREE_THREADS: u16 = 8;
 /// Files of a directory that a thread takes at a time. Fewer would have threads wait for the queue, and more
 /// would leave some idle at the end.
 pub const FILES_PER_ITEM: usize = 16;
+
+/// Of questions to a server's admin socket.
+pub mod admin {
+    use std::time::Duration;
+
+    /// How long an answer may take. A server answers within some milliseconds, or its thread for that hangs.
+    pub const TIMEOUT: Duration = Duration::from_secs(10);
+    /// Bytes of an answer's head.
+    pub const HEAD_BYTES_MAX: usize = 16 << 10;
+    /// Bytes of an answer. A trace of 65,536 records has 10 MB, and each worker has one; 100,000 sessions
+    /// take 50 MB.
+    pub const ANSWER_BYTES_MAX: u64 = 1 << 30;
+}

@@ -18,6 +18,7 @@
 mod batch;
 mod clock;
 mod epoll;
+mod idle_time;
 mod kernel_tls;
 mod mailbox;
 mod nonblocking;
@@ -36,6 +37,7 @@ use std::time::{Duration, Instant};
 
 pub use batch::SendBatch;
 pub use clock::LoopClock;
+pub use idle_time::IdleTime;
 pub use kernel_tls::{attach_tls, receive_control_record, send_control_record, set_tls_keys};
 pub use mailbox::{Receiver, Sender, Waker, mailbox};
 pub use received::Received;
@@ -43,7 +45,7 @@ pub use sources::{FileWatch, Signals, block_signals};
 pub use tcp_info::{TcpInfo, bound_tcp_retries};
 pub use timers::TimerId;
 
-use crate::busy_poll::BusyPoll;
+use crate::busy_poll::{BusyPoll, PollWindow};
 use crate::memory::{Arena, SlotRange};
 use crate::tuning::{SPIN_MULTIPLIER_MAX, TIMERS_EVERY};
 
@@ -312,6 +314,7 @@ pub struct Reactor {
     /// See [`Reactor::expect`].
     expected: u32,
     sleeps: u64,
+    idle_time: Arc<IdleTime>,
     clock: LoopClock,
 }
 
@@ -344,6 +347,7 @@ impl Reactor {
             fixed_retired: Rc::default(),
             expected: 1,
             sleeps: 0,
+            idle_time: Arc::default(),
             clock: LoopClock::default(),
         })
     }
@@ -366,6 +370,11 @@ impl Reactor {
     /// The time, as of this iteration of the event loop.
     pub fn clock(&self) -> &LoopClock {
         &self.clock
+    }
+
+    /// Has the time counted here that it waits for something to do, spinning or asleep.
+    pub fn set_idle_time(&mut self, idle_time: Arc<IdleTime>) {
+        self.idle_time = idle_time;
     }
 
     /// How often it has gone to sleep.
@@ -537,20 +546,21 @@ impl Reactor {
             return Ok(());
         }
         let begin = Instant::now();
+        self.idle_time.begin(begin);
         let mut spinning = self.spin.begin(self.expected);
         while self.spin.should_continue(&mut spinning) {
             for _ in 0..32 {
                 if self.engine_has_news() || self.waker.is_set() {
                     self.engine_poll(events)?;
                     if events.len() > before || self.waker.take() {
-                        self.spin.record(&spinning, begin.elapsed());
+                        self.end_wait(&spinning, begin);
                         return Ok(());
                     }
                 }
                 std::hint::spin_loop();
             }
             if look(false) {
-                self.spin.record(&spinning, begin.elapsed());
+                self.end_wait(&spinning, begin);
                 return Ok(());
             }
             if self.timers.next().is_some_and(|at| at <= self.clock.read()) {
@@ -558,6 +568,7 @@ impl Reactor {
             }
         }
         if look(true) {
+            self.idle_time.end(begin.elapsed());
             return Ok(());
         }
         if self.waker.prepare_sleep() {
@@ -568,8 +579,15 @@ impl Reactor {
         }
         self.waker.take();
         self.timers.expire(&self.clock, events);
-        self.spin.record(&spinning, begin.elapsed());
+        self.end_wait(&spinning, begin);
         Ok(())
+    }
+
+    /// It has waited since `begin`, and goes on.
+    fn end_wait(&mut self, spinning: &PollWindow, begin: Instant) {
+        let waited = begin.elapsed();
+        self.spin.record(spinning, waited);
+        self.idle_time.end(waited);
     }
 
     fn engine_poll(&mut self, events: &mut Vec<Event>) -> io::Result<()> {

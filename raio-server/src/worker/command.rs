@@ -164,13 +164,29 @@ impl Worker {
         if is_done && opcode.operation().is_recorded {
             self.record_outcome(connection, request.id, false, &response);
         }
-        self.respond_now(request, opcode, response);
+        self.count_for_client(connection, Direction::None, response.status, 0);
+        match self.opened_at_once.take() {
+            Some(export) => self.respond_now_on(export, request, opcode, response),
+            None => self.respond_now(request, opcode, response),
+        }
     }
 
-    /// Answers a request in the iteration that has taken it in.
+    /// Answers a request in the iteration that has taken it in: see [`Worker::respond`].
     pub(super) fn respond_now(&mut self, name: RequestKey, opcode: Opcode, response: Response) {
         let arrived = self.arrived(opcode);
         self.respond(name, opcode, arrived, response);
+    }
+
+    /// The same of one on an export, which has counted it.
+    pub(super) fn respond_now_on(
+        &mut self,
+        export: usize,
+        name: RequestKey,
+        opcode: Opcode,
+        response: Response,
+    ) {
+        let arrived = self.arrived(opcode);
+        self.respond_on(Some(export), name, opcode, arrived, response);
     }
 
     /// Counts one more request of a connection's session and address, or answers it: they have as many as
@@ -258,7 +274,8 @@ impl Worker {
             }
             Err(errno) => self.open_rejected(Some(connection), audited.as_deref(), at.failed("open", errno)),
         };
-        self.count_for_export(Some(export.place()), Direction::None, response.status, 0);
+        self.count_for_export(Opcode::Open, Some(export.place()), Direction::None, response.status, 0);
+        self.opened_at_once = Some(export.place());
         self.admission.spend(OPEN_BYTES);
         Some(response)
     }

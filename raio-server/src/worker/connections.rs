@@ -9,12 +9,14 @@ use raio_transport::Violation;
 use raio_transport::transport::{ConnectionId, RequestKey};
 use slab::Slab;
 
+use crate::activity::SessionCounters;
 use crate::audit::Who;
 use crate::channel::Outcomes;
 use crate::client::Client;
 use crate::limits::{AddressAccount, ConnectionPermit};
 use crate::peer::PeerAddress;
 use crate::sessions::{ConnectionName, Fence, Member};
+use crate::stats::CountedClient;
 
 /// What is known of a connection from the first.
 #[derive(Debug)]
@@ -80,6 +82,8 @@ pub struct Connection {
     pub session: usize,
     /// What it is to its session and its channel.
     pub member: Member,
+    /// What this worker counts for the session.
+    pub counters: Arc<SessionCounters>,
     /// Whether its requests may run.
     pub standing: Standing,
     /// What it waits for.
@@ -105,6 +109,8 @@ pub struct Connection {
     pub name: String,
     /// Who the client is, for the audit log if there is one.
     pub who: Option<Arc<Who>>,
+    /// Counts what it does, for the client that has this key.
+    pub counted: Option<Arc<CountedClient>>,
     /// What waits in lanes on its behalf is cancelled once this has gone.
     pub client: Arc<Client>,
 }
@@ -268,6 +274,7 @@ mod tests {
             arrival,
             session: 0,
             member: member(key as u64),
+            counters: Arc::default(),
             standing: Standing::Settled,
             fencing: None,
             outcomes: None,
@@ -280,6 +287,7 @@ mod tests {
             has_data: true,
             name: String::new(),
             who: None,
+            counted: None,
             client: Client::new(None),
         })
     }

@@ -5,6 +5,8 @@
 //! (memory that must be waited for, a disk, an error) is for [`super::pipeline`]; up to there nothing has
 //! happened.
 
+use std::time::Duration;
+
 use raio_transport::Status;
 use raio_transport::protocol::{Direction, Opcode};
 use raio_transport::trace::Phase;
@@ -52,12 +54,19 @@ impl Worker {
             return false;
         }
         self.counters.fast_path.add(1);
-        self.count_response(Status::OK);
-        self.count_for_export(Some(open.export), Direction::ToClient, Status::OK, length);
+        self.count_response(Opcode::Read, Status::OK);
+        self.count_for_export(Opcode::Read, Some(open.export), Direction::ToClient, Status::OK, length);
+        self.count_for_client(connection, Direction::ToClient, Status::OK, length);
         if let Some(audited) = &open.audited {
             audited.on_read(length);
         }
-        self.latencies.answered_by_fast_path();
+        let counters = &self.connections[connection].counters;
+        counters.answered(true);
+        counters.read(length);
+        if self.latencies.measures_fast_path() {
+            self.measured(connection, Duration::ZERO);
+        }
+        self.latencies.answered_by_fast_path(open.export);
         if self.tracer.is_on() {
             self.trace(name, Phase::Point, "fast_path", 0);
             self.trace(name, Phase::End, Opcode::Read.operation().name, length);

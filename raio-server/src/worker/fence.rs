@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use raio_transport::Violation;
 use raio_transport::error::Status;
+use raio_transport::keys::fingerprint;
 use raio_transport::memory::Slot;
 use raio_transport::protocol::{Command, Opcode};
 use raio_transport::trace::Phase;
@@ -31,8 +32,13 @@ use crate::log::log_client;
 use crate::open::Opened;
 use crate::peer::Origin;
 use crate::request::{Request, State, Work, cancelled, failure, success};
+use crate::session::{EndReason, Session};
 use crate::sessions::{ChannelKey, ConnectionName, Effects, Fence, Member, Succession, Unsettled};
+use crate::timeline::Stage;
 use crate::tuning::channels::{FENCE_LOGGED_AFTER, FENCES_CHECKED_EVERY};
+
+/// What a client is told whose session was ended.
+pub const KILLED: &str = "An administrator of the server has ended the session. Begin another one.";
 
 /// A recorded request that its connection has left behind.
 #[derive(Debug)]
@@ -154,7 +160,7 @@ impl Worker {
         let request = &self.requests[key];
         let (is_cancelled, id) = (request.is_cancelled, request.key.id);
         if answer.status.is_ok() {
-            self.count_work(&request.work, answer.status, answer.result);
+            self.count_work(None, request.opcode, &request.work, answer.status, answer.result);
         }
         self.end_request(key);
         let Some(Orphan { member, guarded, .. }) = self.orphans.remove(&key) else { return };
@@ -233,6 +239,8 @@ impl Worker {
             _ => self.counters.orphan_waits.add(1),
         }
         self.held.push((request, slot));
+        let now = self.reactor.clock().now();
+        self.requests[request].timeline.enter(Stage::Held, now);
         if self.requests.enter(request, State::NeedSlot) == State::Fetching {
             self.admission.set_fetching(self.requests[request].export, false);
         }
@@ -328,6 +336,20 @@ impl Worker {
         self.carry_out(effects);
     }
 
+    /// Ends a session because an administrator wants it. Whether there was one.
+    pub(super) fn kill(&mut self, session: &Arc<Session>, by: &str) -> bool {
+        let now = self.reactor.clock().now();
+        let Some(effects) = self.shared.sessions.kill(session, now) else { return false };
+        if let Some(audit) = &self.shared.audit {
+            let who = Who::new(self.shared.keys.as_deref(), &session.identity);
+            let who = who.at(session.activity.origin().0).with_session("", session.id);
+            audit.record(&Arc::new(who), Event::Kill { by: by.to_owned() });
+        }
+        tracing::info!("Session {} was ended by {by}.", fingerprint(&session.id.0));
+        self.carry_out(effects);
+        true
+    }
+
     fn tell(&self, worker: usize, mail: Mail) {
         if let Some(senders) = self.shared.workers.get().and_then(|workers| workers.get(worker)) {
             senders.mailbox.send(mail);
@@ -342,10 +364,14 @@ impl Worker {
             return;
         }
         connection.standing = Standing::Closing(None);
-        let (errno, text) = if connection.member.session.is_revoked() {
-            (libc::EACCES, "The server's operator has changed what this client's key may do.")
-        } else {
-            (libc::ESTALE, "A newer connection of the client has taken the place of this one.")
+        let (errno, text) = match connection.member.session.end_reason() {
+            EndReason::Revoked => {
+                (libc::EACCES, "The server's operator has changed what this client's key may do.")
+            }
+            EndReason::Killed => (libc::ECONNABORTED, KILLED),
+            EndReason::None => {
+                (libc::ESTALE, "A newer connection of the client has taken the place of this one.")
+            }
         };
         let status = Status::policy(errno);
         self.transport.close(&mut self.reactor, connection.id, status, text);

@@ -8,10 +8,14 @@
 
 use std::time::Instant;
 
-use raio_transport::protocol::{OPERATIONS, Opcode};
+use raio_transport::protocol::Opcode;
 
 use crate::stats::Counters;
 use crate::tuning::statistics::MEASURED_EVERY;
+
+/// Runs of like requests in an iteration for which there is room from the start. More are rare, and the room
+/// for them is kept.
+const RUNS: usize = 64;
 
 /// See the module documentation.
 #[derive(Debug)]
@@ -24,9 +28,9 @@ pub struct Latencies {
     measures_fast_path: bool,
     /// The fast path has answered in this iteration.
     has_fast_path: bool,
-    /// Requests that this iteration has taken in and answered.
-    answered: [u32; OPERATIONS.len()],
-    has_answered: bool,
+    /// Measured requests that this iteration has taken in and answered: by operation and export, those that
+    /// came one after the other together.
+    answered: Vec<(Opcode, Option<usize>, u32)>,
 }
 
 impl Default for Latencies {
@@ -36,8 +40,7 @@ impl Default for Latencies {
             fast_iterations: 0,
             measures_fast_path: true,
             has_fast_path: false,
-            answered: [0; OPERATIONS.len()],
-            has_answered: false,
+            answered: Vec::with_capacity(RUNS),
         }
     }
 }
@@ -57,27 +60,36 @@ impl Latencies {
         self.data_requests % MEASURED_EVERY == 1
     }
 
-    /// The fast path has answered a read.
-    pub fn answered_by_fast_path(&mut self) {
+    /// The fast path has answered a read on an export.
+    pub fn answered_by_fast_path(&mut self, export: usize) {
         self.has_fast_path = true;
         if self.measures_fast_path {
-            self.answered_at_once(Opcode::Read);
+            self.answered_at_once(Opcode::Read, Some(export));
         }
     }
 
-    /// A request is answered in the iteration of `now` that was taken in in that of `arrived`.
-    pub fn answered(&mut self, opcode: Opcode, arrived: Instant, now: Instant, counters: &Counters) {
+    /// A request, on an export if it is on one, is answered in the iteration of `now` that was taken in in
+    /// that of `arrived`.
+    pub fn answered(
+        &mut self,
+        (opcode, export): (Opcode, Option<usize>),
+        arrived: Instant,
+        now: Instant,
+        counters: &Counters,
+    ) {
         if arrived == now {
-            self.answered_at_once(opcode);
+            self.answered_at_once(opcode, export);
         } else {
-            counters.latency(opcode).record(now - arrived, 1);
+            counters.took(export, opcode, now - arrived, 1);
         }
     }
 
     /// A request is answered in the iteration that took it in.
-    fn answered_at_once(&mut self, opcode: Opcode) {
-        self.answered[opcode as usize - 1] += 1;
-        self.has_answered = true;
+    fn answered_at_once(&mut self, opcode: Opcode, export: Option<usize>) {
+        match self.answered.last_mut() {
+            Some((of, on, count)) if (*of, *on) == (opcode, export) => *count += 1,
+            _ => self.answered.push((opcode, export, 1)),
+        }
     }
 
     /// The responses of an iteration have been passed on. Returns whether [`Latencies::record`] has something
@@ -87,15 +99,13 @@ impl Latencies {
             self.fast_iterations = self.fast_iterations.wrapping_add(1);
             self.measures_fast_path = self.fast_iterations.is_multiple_of(MEASURED_EVERY);
         }
-        std::mem::take(&mut self.has_answered)
+        !self.answered.is_empty()
     }
 
     /// Counts what an iteration has taken in and answered.
     pub fn record(&mut self, began: Instant, now: Instant, counters: &Counters) {
-        for (count, operation) in self.answered.iter_mut().zip(&OPERATIONS) {
-            if *count > 0 {
-                counters.latency(operation.opcode).record(now - began, std::mem::take(count).into());
-            }
+        for (opcode, export, count) in self.answered.drain(..) {
+            counters.took(export, opcode, now - began, count.into());
         }
     }
 }
@@ -112,23 +122,25 @@ mod tests {
 
     #[test]
     fn a_request_has_taken_as_long_as_from_its_iteration_to_that_of_its_response() {
-        let (mut latencies, counters) = (Latencies::default(), Counters::new(0, 0));
+        let (mut latencies, counters) = (Latencies::default(), Counters::new(2, 2));
         let now = Instant::now();
-        latencies.answered(Opcode::Write, now, now + Duration::from_millis(1), &counters);
+        latencies.answered((Opcode::Write, Some(0)), now, now + Duration::from_millis(1), &counters);
         assert_eq!((counts(&counters), latencies.end_iteration()), ((0, 1), false));
         assert_eq!(counters.latency(Opcode::Write).quantile(0.5), Duration::from_nanos(1 << 20));
     }
 
     #[test]
     fn one_that_is_answered_by_its_own_iteration_counts_at_its_end() {
-        let (mut latencies, counters) = (Latencies::default(), Counters::new(0, 0));
+        let (mut latencies, counters) = (Latencies::default(), Counters::new(2, 2));
         let began = Instant::now();
-        latencies.answered(Opcode::Read, began, began, &counters);
-        latencies.answered_by_fast_path();
+        latencies.answered((Opcode::Read, Some(0)), began, began, &counters);
+        latencies.answered_by_fast_path(1);
+        latencies.answered_by_fast_path(1);
         assert_eq!(counts(&counters), (0, 0));
         assert!(latencies.end_iteration());
         latencies.record(began, began + Duration::from_micros(5), &counters);
-        assert_eq!((counts(&counters), latencies.end_iteration()), ((2, 0), false));
+        assert_eq!((counts(&counters), latencies.end_iteration()), ((3, 0), false));
+        assert_eq!(counters.latency(Opcode::Read).sum(), Duration::from_micros(15));
     }
 
     #[test]
@@ -151,7 +163,7 @@ mod tests {
             // Every other iteration has nothing to do.
             if at % 2 == 1 {
                 measured += u32::from(latencies.measures_fast_path());
-                latencies.answered_by_fast_path();
+                latencies.answered_by_fast_path(0);
             }
             latencies.end_iteration();
         }

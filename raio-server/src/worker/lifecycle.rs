@@ -14,15 +14,15 @@ use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
 use tracing::field::display;
 
 use super::connections::{Connection, Fencing, Standing};
-use super::fence::Orphan;
-use super::{Mail, Quirk, TIMER, Worker};
+use super::fence::{KILLED, Orphan};
+use super::{Mail, Medium, Quirk, SlowEnd, TIMER, Worker};
 use crate::audit::{Event, Who};
 use crate::client::Client;
 use crate::keys::Rights;
 use crate::limits::Excess;
 use crate::log::log_client;
 use crate::peer::PeerAddress;
-use crate::request::State;
+use crate::request::{Request, State};
 use crate::sessions::{ConnectionName, Joined, NotJoined, Remains};
 use crate::tuning::drain::GRACE_OF_SILENT;
 
@@ -70,8 +70,14 @@ impl Worker {
                 return self.reject(id, address, &peer, libc::EUSERS, &text);
             }
             Err(NotJoined::Stale(text)) => return self.reject(id, address, &peer, libc::ESTALE, &text),
+            Err(NotJoined::Killed) => return self.reject(id, address, &peer, libc::ECONNABORTED, KILLED),
         };
         member.session.assign(rights.limits());
+        member.session.activity.came(address, now);
+        let counted = rights.limits().map(|(client, _)| {
+            let begin = || self.shared.clients.begin_session(client);
+            Arc::clone(member.session.count_with(begin).client())
+        });
         let session = match self.sessions.attach(&member.session, &account) {
             Ok(session) => session,
             Err(Excess { who, text }) => {
@@ -93,11 +99,14 @@ impl Worker {
             audit.record(&who, Event::Connect);
             who
         });
+        let counters = Arc::clone(&self.sessions[session].counters);
+        counters.connected(medium(id, address));
         let key = self.connections.open(Connection {
             id,
             arrival,
             session,
             member,
+            counters,
             standing: if fence.is_some() { Standing::Waiting } else { Standing::Settled },
             fencing: fence.map(|fence| Box::new(Fencing::new(fence))),
             outcomes,
@@ -110,6 +119,7 @@ impl Worker {
             has_data: !peer.is_control(),
             name: peer.name,
             who,
+            counted,
             client: Client::new(self.transport.socket(id)),
         });
         if let Some(drain) = &mut self.drain {
@@ -120,6 +130,15 @@ impl Worker {
         self.admission.open(key, session, address.map(PeerAddress::origin));
         if let Some((client, bytes)) = self.sessions[session].session.client_memory() {
             self.admission.limit_client(key, client, bytes);
+        }
+    }
+
+    /// A connection has moved to another transport.
+    pub(super) fn moved(&mut self, from: ConnectionId, to: ConnectionId) {
+        self.connections.on_moved(from, to);
+        if let Some(connection) = self.connections.key(to).map(|key| &self.connections[key]) {
+            connection.counters.disconnected(medium(from, connection.peer()));
+            connection.counters.connected(medium(to, connection.peer()));
         }
     }
 
@@ -176,6 +195,8 @@ impl Worker {
             if self.counts_requests {
                 self.uncount_request(key, &self.requests[request].work);
             }
+            self.note_if_slow(request, SlowEnd::Lost, None);
+            self.connections[key].counters.ended();
             if self.requests[request].state == State::Executing && self.take_back(request).is_none() {
                 // The kernel may have its memory: it runs to its end, which is near if it has not begun.
                 self.requests.detach(request);
@@ -196,7 +217,8 @@ impl Worker {
                 if let Some(answer) = self.requests[request].work.partly_done() {
                     let id = self.requests[request].key.id;
                     self.record_outcome(key, id, false, &answer);
-                    self.count_work(&self.requests[request].work, answer.status, answer.result);
+                    let Request { opcode, work, .. } = &self.requests[request];
+                    self.count_work(Some(key), *opcode, work, answer.status, answer.result);
                 }
                 self.end_request(request);
             }
@@ -204,6 +226,7 @@ impl Worker {
         self.admission.close(key);
         let mut connection = self.connections.close(key);
         let peer = connection.peer();
+        connection.counters.disconnected(medium(connection.id, peer));
         if let (Some(audit), Some(who)) = (&self.shared.audit, &connection.who) {
             audit.record(who, Event::Disconnect { reason: reason.name() });
         }
@@ -312,5 +335,14 @@ impl Worker {
                 senders.mailbox.send(Mail::Forget { session, handle });
             }
         }
+    }
+}
+
+/// How a connection with this name reaches the server.
+fn medium(id: ConnectionId, peer: Option<PeerAddress>) -> Medium {
+    match peer {
+        _ if id.transport == super::RDMA => Medium::Rdma,
+        Some(PeerAddress::User(_)) => Medium::Unix,
+        _ => Medium::Tcp,
     }
 }

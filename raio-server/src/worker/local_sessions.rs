@@ -9,6 +9,7 @@ use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use slab::Slab;
 
+use crate::activity::SessionCounters;
 use crate::handles::index_of;
 use crate::limits::{AddressAccount, Excess};
 use crate::request::WorkerFile;
@@ -19,6 +20,8 @@ use crate::session::Session;
 pub struct LocalSession {
     /// What all workers share.
     pub session: Arc<Session>,
+    /// What this worker counts for it.
+    pub counters: Arc<SessionCounters>,
     connections: usize,
     /// This worker's view of the files, by the index in their handles.
     files: Vec<Option<Rc<WorkerFile>>>,
@@ -31,9 +34,16 @@ pub struct LocalSession {
 pub struct LocalSessions {
     all: Slab<LocalSession>,
     by_id: HashMap<SessionId, usize>,
+    /// The worker's place among all.
+    worker: usize,
 }
 
 impl LocalSessions {
+    /// Those of the worker that has this place among all: none yet.
+    pub fn of_worker(worker: usize) -> Self {
+        Self { worker, ..Self::default() }
+    }
+
     /// How many there are.
     #[cfg(any(test, feature = "test-worker"))]
     pub fn len(&self) -> usize {
@@ -46,8 +56,9 @@ impl LocalSessions {
         session.attach(address)?;
         let known = self.by_id.get(&session.id).copied();
         let key = known.filter(|&key| Arc::ptr_eq(&self.all[key].session, session)).unwrap_or_else(|| {
-            let session = Arc::clone(session);
-            self.all.insert(LocalSession { session, connections: 0, files: Vec::new(), far: HashMap::new() })
+            let (session, counters) = (Arc::clone(session), session.activity.counters(self.worker));
+            let (files, far) = (Vec::new(), HashMap::new());
+            self.all.insert(LocalSession { session, counters, connections: 0, files, far })
         });
         self.by_id.insert(session.id, key);
         self.all[key].connections += 1;

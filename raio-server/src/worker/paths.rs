@@ -97,9 +97,13 @@ impl Worker {
         };
         let moved = if is_get { response.result } else { 0 };
         let direction = if is_get { Direction::ToClient } else { Direction::None };
-        self.count_for_export(Some(at.export.place()), direction, response.status, moved);
+        self.count_for_export(*opcode, Some(export.place()), direction, response.status, moved);
+        self.count_for_client(connection, direction, response.status, moved);
         self.counters.fast_path.add(1);
-        self.respond_now(name, *opcode, response);
+        if response.status.is_ok() {
+            self.connections[connection].counters.read(moved);
+        }
+        self.respond_now_on(export.place(), name, *opcode, response);
         if self.admission.spend(bytes.max(cached_files::STATUS_BYTES)) && !self.settings.spin.is_zero() {
             self.transport.flush_early(&mut self.reactor);
         }

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::sync::{Arc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use raio_transport::memory::Slot;
 use raio_transport::protocol::{Direction, Opcode};
@@ -15,7 +15,8 @@ use super::command::EXPORT_CHANGED;
 use super::connections::Connections;
 use super::requests::Cancel;
 use super::throttled::Waiting;
-use super::{TIMER, Worker};
+use super::{SlowEnd, TIMER, Worker};
+use crate::activity::SessionCounters;
 use crate::client::Client;
 use crate::engine::{self, Completion, Lane, Operation, Outcome};
 use crate::names::PathEnd;
@@ -24,6 +25,8 @@ use crate::request::{
     Copying, Request, State, Step, Work, WorkerFile, cancelled, failure, shutting_down, success,
 };
 use crate::tenure::Use;
+use crate::timeline::Stage;
+use crate::tuning::statistics::MEASURED_MAX;
 use crate::volume::Context;
 
 impl Worker {
@@ -33,7 +36,9 @@ impl Worker {
         let export = if self.shared.exports.are_several() { work.hanging_export() } else { None };
         let arrived = self.arrived(opcode);
         let is_limited = work.flow().is_some();
-        let request = self.requests.begin(connection, (key, opcode, arrived), work, export);
+        let now = self.reactor.clock().now();
+        let request = self.requests.begin(connection, (key, opcode, arrived), now, work, export);
+        self.connections[connection].counters.begun();
         if !is_limited || !self.throttle(request) {
             self.proceed(request);
         }
@@ -64,6 +69,7 @@ impl Worker {
         };
         // It may have executed: the next piece waits.
         self.requests.enter(request, State::NeedSlot);
+        self.requests[request].timeline.enter(Stage::Throttled, now);
         self.counters.throttled(whose, self.requests[request].work.export());
         self.promise_life_sign();
         self.await_throttled(until);
@@ -117,10 +123,11 @@ impl Worker {
                 continue;
             }
             let (name, opcode, arrived) = (request.key, request.opcode, request.arrived);
-            if let Some(connection) = request.connection
-                && self.counts_requests
-            {
-                self.uncount_request(connection, &request.work);
+            if let Some(connection) = request.connection {
+                self.connections[connection].counters.ended();
+                if self.counts_requests {
+                    self.uncount_request(connection, &request.work);
+                }
             }
             self.end_request(key);
             self.respond(name, opcode, arrived, shutting_down());
@@ -160,6 +167,9 @@ impl Worker {
         } else {
             self.counters.slot_waits.add(1);
             self.admission.wait(request, demand);
+            // Before it may have waited for something else.
+            let now = self.reactor.clock().now();
+            self.requests[request].timeline.enter(Stage::NeedSlot, now);
             self.promise_life_sign();
             self.trace(key, Phase::Point, "need_slot", 0);
         }
@@ -463,6 +473,9 @@ impl Worker {
 
     fn enter(&mut self, key: usize, state: State) {
         let before = self.requests.enter(key, state);
+        let stage = if state == State::Fetching { Stage::Fetching } else { Stage::Executing };
+        let now = self.reactor.clock().now();
+        self.requests[key].timeline.enter(stage, now);
         if self.tracer.is_on() {
             let name = if state == State::Fetching { "fetching" } else { "executing" };
             self.trace(self.requests[key].key, Phase::Point, name, 0);
@@ -492,11 +505,18 @@ impl Worker {
             let is_cancelled = request.is_cancelled;
             self.record_outcome(connection, name.id, is_cancelled, &response);
         }
+        self.note_if_slow(key, SlowEnd::Answered(response.status.errno), None);
         let request = &self.requests[key];
-        self.count_work(&request.work, response.status, response.result);
+        self.count_work(Some(connection), opcode, &request.work, response.status, response.result);
+        let counters = &self.connections[connection].counters;
+        counters.ended();
+        if response.status.is_ok() {
+            count_bytes(counters, &request.work, response.result);
+        }
+        let export = request.work.export();
         self.end_request(key);
         let was_cancelled = response.status.errno == libc::ECANCELED;
-        self.respond(name, opcode, arrived, response);
+        self.respond_on(export, name, opcode, arrived, response);
         if let Some(cancel_request) = cancel_request {
             let (cancel_request, arrived) = *cancel_request;
             let response = if was_cancelled {
@@ -521,7 +541,7 @@ impl Worker {
         }
     }
 
-    /// Answers a request that was not begun, or is over.
+    /// Answers a request that was not begun, and that no export has counted.
     pub(super) fn respond(
         &mut self,
         name: RequestKey,
@@ -529,29 +549,73 @@ impl Worker {
         arrived: Option<Instant>,
         response: Response,
     ) {
-        self.count_response(response.status);
+        self.count_for_export(opcode, None, Direction::None, response.status, 0);
+        self.respond_on(None, name, opcode, arrived, response);
+    }
+
+    /// Answers a request that was counted, on an export if it is on one.
+    pub(super) fn respond_on(
+        &mut self,
+        export: Option<usize>,
+        name: RequestKey,
+        opcode: Opcode,
+        arrived: Option<Instant>,
+        response: Response,
+    ) {
+        self.count_response(opcode, response.status);
+        let connection = self.connections.key(name.connection);
         if let Some(arrived) = arrived {
-            self.latencies.answered(opcode, arrived, self.reactor.clock().now(), &self.counters);
+            let now = self.reactor.clock().now();
+            self.latencies.answered((opcode, export), arrived, now, &self.counters);
+            if let Some(connection) = connection {
+                self.measured(connection, now - arrived);
+            }
+        }
+        if let Some(connection) = connection {
+            self.connections[connection].counters.answered(response.status.is_ok());
         }
         self.trace(name, Phase::End, opcode.operation().name, response.result);
         self.transport.respond(&mut self.reactor, name, response);
     }
 
-    /// Counts a response, of the fast path or any other.
-    pub(super) fn count_response(&self, status: Status) {
-        self.counters.answered.add(1);
-        if !status.is_ok() {
-            self.counters.errors.add(1);
+    /// A request was answered whose latency is measured: this long after the iteration that took it in has
+    /// begun. If that is this one it is known at its end.
+    pub(super) fn measured(&mut self, connection: usize, took: Duration) {
+        let counters = &self.connections[connection].counters;
+        if !took.is_zero() {
+            counters.took(took);
+        } else if self.measured.len() < MEASURED_MAX {
+            self.measured.push(Arc::clone(counters));
         }
     }
 
-    /// Counts a request that was carried out, and if it has succeeded the bytes that it has moved.
-    pub(super) fn count_work(&self, work: &Work, status: Status, bytes: u64) {
+    /// Counts a response, of the fast path or any other.
+    pub(super) fn count_response(&self, opcode: Opcode, status: Status) {
+        self.counters.answered.add(1);
+        if !status.is_ok() {
+            self.counters.errors.add(1);
+            self.counters.failed(opcode, status.errno);
+        }
+    }
+
+    /// Counts a request that was carried out, and if it has succeeded the bytes that it has moved: for its
+    /// export, and for the client of its connection if that is still there.
+    pub(super) fn count_work(
+        &self,
+        connection: Option<usize>,
+        opcode: Opcode,
+        work: &Work,
+        status: Status,
+        bytes: u64,
+    ) {
         if let Work::Copy(copy) = work {
-            return self.count_copy(copy, status, bytes);
+            return self.count_copy(connection, copy, status, bytes);
         }
         let direction = work.direction();
-        self.count_for_export(work.export(), direction, status, bytes);
+        self.count_for_export(opcode, work.export(), direction, status, bytes);
+        if let Some(connection) = connection {
+            self.count_for_client(connection, direction, status, bytes);
+        }
         if let Some(audited) = work.file().and_then(|file| file.open.audited.as_deref())
             && status.is_ok()
         {
@@ -564,26 +628,59 @@ impl Worker {
     }
 
     /// The same of a copy: a read of one file, and a write of the other.
-    fn count_copy(&self, copy: &Copying, status: Status, bytes: u64) {
+    fn count_copy(&self, connection: Option<usize>, copy: &Copying, status: Status, bytes: u64) {
         let (source, destination) = (copy.source(), copy.destination());
-        self.count_for_export(Some(source.export), Direction::ToClient, status, bytes);
-        self.count_for_export(Some(destination.export), Direction::ToServer, status, bytes);
+        self.count_for_export(Opcode::Copy, Some(source.export), Direction::ToClient, status, bytes);
+        self.count_for_export(Opcode::Copy, Some(destination.export), Direction::ToServer, status, bytes);
+        if let Some(connection) = connection {
+            self.count_for_client(connection, Direction::ToClient, status, bytes);
+            self.count_bytes_written(connection, status, bytes);
+        }
         if status.is_ok() {
             source.audited.iter().for_each(|audited| audited.on_read(bytes));
             destination.audited.iter().for_each(|audited| audited.on_written(bytes));
         }
     }
 
-    /// The same, for its export alone.
+    /// Counts a request for the client of its connection.
+    #[inline]
+    pub(super) fn count_for_client(
+        &self,
+        connection: usize,
+        direction: Direction,
+        status: Status,
+        bytes: u64,
+    ) {
+        let Some(client) = &self.connections[connection].counted else { return };
+        let client = client.worker(self.index);
+        client.requests.add(1);
+        match direction {
+            Direction::ToClient if status.is_ok() => client.read_bytes.add(bytes),
+            Direction::ToServer if status.is_ok() => client.written_bytes.add(bytes),
+            _ => {}
+        }
+    }
+
+    /// Counts what a copy has written besides.
+    fn count_bytes_written(&self, connection: usize, status: Status, bytes: u64) {
+        if let Some(client) = &self.connections[connection].counted
+            && status.is_ok()
+        {
+            client.worker(self.index).written_bytes.add(bytes);
+        }
+    }
+
+    /// Counts a request for its export alone.
     pub(super) fn count_for_export(
         &self,
+        opcode: Opcode,
         export: Option<usize>,
         direction: Direction,
         status: Status,
         bytes: u64,
     ) {
-        let Some(export) = export.and_then(|export| self.counters.exports.get(export)) else { return };
-        export.requests.add(1);
+        let export = self.counters.export(export);
+        export.request(opcode);
         match direction {
             _ if !status.is_ok() => export.errors.add(1),
             Direction::ToClient => {
@@ -633,6 +730,17 @@ impl Worker {
             }
             self.cancel(connection, key);
         }
+    }
+}
+
+/// Counts for a session what a request of it has moved.
+fn count_bytes(counters: &SessionCounters, work: &Work, bytes: u64) {
+    let is_copy = matches!(work, Work::Copy(_));
+    if is_copy || work.direction() == Direction::ToClient {
+        counters.read(bytes);
+    }
+    if is_copy || work.direction() == Direction::ToServer {
+        counters.written(bytes);
     }
 }
 

@@ -9,6 +9,7 @@ use raio_transport::protocol::Opcode;
 use raio_transport::transport::RequestKey;
 
 use crate::request::{Request, State, Work, WorkerFile};
+use crate::timeline::Timeline;
 
 /// See the module documentation. A request's key is its index here, which is also its key at the engine.
 #[derive(Debug, Default)]
@@ -42,6 +43,7 @@ impl Requests {
         &mut self,
         connection: usize,
         (key, opcode, arrived): (RequestKey, Opcode, Option<Instant>),
+        now: Instant,
         work: Work,
         export: Option<usize>,
     ) -> usize {
@@ -55,6 +57,7 @@ impl Requests {
             connection: Some(connection),
             opcode,
             arrived,
+            timeline: Timeline::new(now),
             state: State::NeedSlot,
             work,
             slot_bytes: 0,
@@ -151,6 +154,11 @@ impl Requests {
         all.filter(|(_, request)| request.as_ref().is_some_and(is_revoked)).map(|(key, _)| key).collect()
     }
 
+    /// All of them, with their keys.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, &Request)> {
+        self.all.iter().enumerate().filter_map(|(key, request)| Some((key, request.as_ref()?)))
+    }
+
     /// How many are in a state.
     pub fn in_state(&self, state: State) -> usize {
         self.in_state[state as usize]
@@ -193,7 +201,7 @@ mod tests {
     }
 
     fn begin(requests: &mut Requests, connection: usize, id: u64) -> usize {
-        requests.begin(connection, (key(id), Opcode::Close, None), Work::Close, None)
+        requests.begin(connection, (key(id), Opcode::Close, None), Instant::now(), Work::Close, None)
     }
 
     fn in_states(requests: &Requests) -> [usize; 3] {

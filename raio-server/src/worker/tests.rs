@@ -1,6 +1,7 @@
 //! A worker with everything it has (transport, ring, arena, exports) and its client, in one thread, where
 //! they take turns.
 
+mod administration;
 mod cached_files;
 mod channels;
 mod coalescing_device;

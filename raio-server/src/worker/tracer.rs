@@ -1,5 +1,7 @@
-//! What is recorded of each request, if that is asked for: by `--trace` in a ring, by `--log trace` in the
-//! log.
+//! What is recorded of each request, if that is asked for: by `--trace` in a ring, by an administrator in
+//! another one for some seconds, by `--log trace` in the log.
+
+use std::mem;
 
 use raio_transport::trace::{Clock, Phase, Record, Ring};
 use raio_transport::transport::RequestKey;
@@ -14,26 +16,42 @@ use crate::tuning::statistics::TRACE_RECORDS;
 #[derive(Debug)]
 pub struct Tracer {
     ring: Option<(Clock, Ring)>,
+    /// An administrator wants to see it.
+    live: Option<(Clock, Ring)>,
     /// The log has a line for each record.
     logs: bool,
+    /// Any of these.
+    is_on: bool,
 }
 
 impl Tracer {
     /// Of what is to be written to this file.
     pub fn new(trace: Option<&Trace>) -> Self {
         let ring = trace.map(|trace| (trace.clock(), trace.ring()));
-        Self { ring, logs: tracing::enabled!(tracing::Level::TRACE) }
+        Self::of(ring, tracing::enabled!(tracing::Level::TRACE))
     }
 
     /// One whose records are written nowhere.
     #[cfg(test)]
     pub fn in_memory() -> Self {
-        Self { ring: Some((Clock::new(), Ring::new(TRACE_RECORDS))), logs: false }
+        Self::of(Some((Clock::new(), Ring::new(TRACE_RECORDS))), false)
+    }
+
+    fn of(ring: Option<(Clock, Ring)>, logs: bool) -> Self {
+        let is_on = ring.is_some() || logs;
+        Self { ring, live: None, logs, is_on }
     }
 
     /// Whether anything is recorded.
     pub fn is_on(&self) -> bool {
-        self.ring.is_some() || self.logs
+        self.is_on
+    }
+
+    /// Records in this ring, too, from now on; or no more. Returns the ring before.
+    pub fn set_live(&mut self, live: Option<(Clock, Ring)>) -> Option<Ring> {
+        let before = mem::replace(&mut self.live, live);
+        self.is_on = self.ring.is_some() || self.live.is_some() || self.logs;
+        before.map(|(_, ring)| ring)
     }
 }
 
@@ -54,7 +72,7 @@ impl Worker {
             let client = peer.map(display);
             tracing::trace!(client, request = request.id, bytes, "{phase:?} of a request: {name}.");
         }
-        if let Some((clock, ring)) = &mut self.tracer.ring {
+        for (clock, ring) in self.tracer.ring.iter_mut().chain(&mut self.tracer.live) {
             ring.push(Record {
                 time_ns: clock.now_ns(),
                 name,

@@ -26,19 +26,19 @@ const LINGER: Duration = Duration::from_secs(90);
 const A_WHILE: usize = 50;
 
 /// Two workers of one server, whose only export is an image that holds everything until it is released.
-struct Pair {
-    workers: [Worker; 2],
+pub(super) struct Pair {
+    pub(super) workers: [Worker; 2],
     image: mpsc::Sender<Tell>,
 }
 
-struct Member {
-    client: TcpClient,
+pub(super) struct Member {
+    pub(super) client: TcpClient,
     /// Its end of the connection, to break it.
     stream: UnixStream,
     replies: Vec<Reply>,
 }
 
-fn pair(can_cancel: bool) -> Pair {
+pub(super) fn pair(can_cancel: bool) -> Pair {
     let options = Options::parse_from(["raio_server", "--export", "unused=null:1", "--memory", "128M"]);
     let config = options.check(2).expect("the options make sense");
     let (volume, image) = Image::new(can_cancel);
@@ -56,19 +56,19 @@ fn pair(can_cancel: bool) -> Pair {
 }
 
 /// Of a session's control channel: its connection stays at the worker that has accepted it.
-fn offer(number: u8, epoch: u64) -> Offer {
+pub(super) fn offer(number: u8, epoch: u64) -> Offer {
     let channel = Some(ChannelOffer { number: 0, epoch, linger: LINGER });
     let (session, features) = (SessionId([number; 16]), OPERATION_FEATURES);
     Offer { session, channel, features, ..Offer::new("test") }
 }
 
 impl Pair {
-    fn run(&mut self) {
+    pub(super) fn run(&mut self) {
         self.workers.iter_mut().for_each(run_once);
     }
 
     /// A client connects to this worker.
-    fn try_connect(&mut self, at: usize, offer: &Offer) -> Result<Member, raio_transport::Error> {
+    pub(super) fn try_connect(&mut self, at: usize, offer: &Offer) -> Result<Member, raio_transport::Error> {
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
         let stream = ours.try_clone().expect("a descriptor");
         theirs.set_nonblocking(true).expect("it can be set up");
@@ -88,12 +88,12 @@ impl Pair {
         Ok(Member { client, stream, replies: Vec::new() })
     }
 
-    fn connect(&mut self, at: usize, offer: &Offer) -> Member {
+    pub(super) fn connect(&mut self, at: usize, offer: &Offer) -> Member {
         self.try_connect(at, offer).expect("the worker grants a connection")
     }
 
     /// Runs iterations until it is as it should be.
-    fn until(&mut self, what: &str, is_so: impl Fn(&[Worker; 2]) -> bool) {
+    pub(super) fn until(&mut self, what: &str, is_so: impl Fn(&[Worker; 2]) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(30);
         while !is_so(&self.workers) {
             assert!(Instant::now() < deadline, "{what}: not within 30 s");
@@ -102,7 +102,7 @@ impl Pair {
     }
 
     /// The next reply of a client. None if the connection ends first.
-    fn reply(&mut self, member: &mut Member) -> Option<Reply> {
+    pub(super) fn reply(&mut self, member: &mut Member) -> Option<Reply> {
         let deadline = Instant::now() + Duration::from_secs(30);
         while member.replies.is_empty() && member.client.failure().is_none() {
             assert!(Instant::now() < deadline, "no reply within 30 s");
@@ -123,7 +123,7 @@ impl Pair {
         assert!(member.replies.is_empty() && member.client.failure().is_none(), "{:?}", member.replies);
     }
 
-    fn open(&mut self, member: &mut Member) -> (u32, FileHandle) {
+    pub(super) fn open(&mut self, member: &mut Member) -> (u32, FileHandle) {
         let id = member.send(&Command::Open { flags: OPEN_READ | OPEN_WRITE, mode: 0, path: b"/v" });
         let reply = self.reply(member).expect("an answer");
         assert_eq!(reply.status, Status::OK);
@@ -151,7 +151,7 @@ impl Pair {
         Ok(all.iter().map(answer).collect())
     }
 
-    fn release(&self) {
+    pub(super) fn release(&self) {
         self.image.send(Tell::Release).expect("its thread lives");
     }
 
@@ -167,7 +167,7 @@ impl Member {
     }
 
     /// Sends a command without data. Returns its id.
-    fn send(&mut self, command: &Command<'_>) -> u32 {
+    pub(super) fn send(&mut self, command: &Command<'_>) -> u32 {
         let mut body = Vec::new();
         command.encode(&mut body);
         let id = self.client.send(0, &body, Bulk::None, SendOptions::CONTROL).expect("a credit is left");
@@ -176,7 +176,7 @@ impl Member {
     }
 
     /// Sends a block. Returns the request's id.
-    fn write(&mut self, file: FileHandle, at: usize) -> u32 {
+    pub(super) fn write(&mut self, file: FileHandle, at: usize) -> u32 {
         self.write_as(file, at, block(at + 1))
     }
 
@@ -189,7 +189,7 @@ impl Member {
         id.0 as u32
     }
 
-    fn read(&mut self, file: FileHandle, at: usize) {
+    pub(super) fn read(&mut self, file: FileHandle, at: usize) {
         let mut body = Vec::new();
         Command::Read { file, offset: (at * BLOCK) as u64, length: BLOCK as u32 }.encode(&mut body);
         let buffer = Buffers::One(Buffer::Owned(vec![0; BLOCK].into()));
@@ -197,13 +197,13 @@ impl Member {
         self.client.flush();
     }
 
-    fn ask(&mut self, ids: &[u32]) -> u32 {
+    pub(super) fn ask(&mut self, ids: &[u32]) -> u32 {
         let ids: Vec<_> = ids.iter().map(|&id| U32::new(id)).collect();
         self.send(&Command::Outcome { ids: &ids })
     }
 }
 
-fn executing(workers: &[Worker; 2]) -> usize {
+pub(super) fn executing(workers: &[Worker; 2]) -> usize {
     workers.iter().map(|worker| worker.requests.in_state(State::Executing)).sum()
 }
 
