@@ -473,6 +473,7 @@ fn describe_settings(old: &Config, new: &Config) -> Vec<String> {
     note(old.stall_timeout == new.stall_timeout, "stall-timeout", seconds(new.stall_timeout));
     note(old.linger == new.linger, "linger", seconds(new.linger));
     note(old.spin == new.spin, "spin-us", new.spin.as_micros().to_string());
+    note(old.slow == new.slow, "slow", new.slow.as_millis().to_string());
     note(old.log == new.log, "log", format!("{:?}", new.log).to_lowercase());
     texts
 }

@@ -134,8 +134,6 @@ pub struct Shared {
     pub arena_bytes: usize,
     /// What the messages of each worker's connections may take beside it.
     pub heap_bytes: usize,
-    /// A request that takes this long is slow.
-    pub slow: Duration,
     /// What each worker begins with.
     pub settings: Settings,
     /// Where requests are traced to.
@@ -196,7 +194,6 @@ impl Shared {
             settings: Settings::of(config),
             keys: None,
             audit: None,
-            slow: config.slow,
             trace: trace.transpose()?,
             rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
             claims: Mutex::default(),
@@ -245,6 +242,8 @@ pub struct Settings {
     pub stall_timeout: Duration,
     /// The longest that a channel whose connection has broken is kept.
     pub linger: Duration,
+    /// A request that takes this long is slow.
+    pub slow: Duration,
     /// What a session, and what an address ([`crate::limits::Who`]), may have of its memory by the options.
     pub memory_caps: [usize; 2],
 }
@@ -256,6 +255,7 @@ impl Settings {
             spin: config.spin,
             stall_timeout: config.stall_timeout,
             linger: config.linger,
+            slow: config.slow,
             memory_caps: [config.session_caps, config.address_caps]
                 .map(|caps| config.each_workers(caps.memory)),
         }
@@ -530,7 +530,7 @@ impl Worker {
             counts_requests: shared.sessions.count_requests()
                 || shared.keys.as_ref().is_some_and(|keys| keys.counts_requests()),
             tracer: Tracer::new(shared.trace.as_ref()),
-            slow: SlowRequests::new(shared.slow),
+            slow: SlowRequests::new(shared.settings.slow),
             settings: shared.settings,
             shared,
             counters,
@@ -682,6 +682,7 @@ impl Worker {
                     self.reactor.set_spin(settings.spin);
                     self.transport.set_timeouts(settings.stall_timeout, settings.linger);
                     self.admission.set_caps(settings.memory_caps);
+                    self.slow.set_threshold(settings.slow);
                     self.settings = settings;
                 }
                 Mail::Trace => self.hand_over_trace(),

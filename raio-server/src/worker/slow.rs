@@ -63,6 +63,11 @@ impl SlowRequests {
         Self { threshold, latest: VecDeque::new() }
     }
 
+    /// From now on of requests that take another time.
+    pub fn set_threshold(&mut self, threshold: Duration) {
+        self.threshold = threshold;
+    }
+
     /// Whether a request has taken long.
     #[inline]
     pub fn is_slow(&self, request: &Request, now: Instant) -> bool {

@@ -142,8 +142,8 @@ impl Server {
             directory,
         };
         server.ready = server.line("raio_server: ready on ");
-        let url = server.ready.rsplit(' ').next().unwrap();
-        server.address = url.strip_prefix("tcp://").unwrap().parse().unwrap();
+        let mut words = server.ready.rsplit(' ');
+        server.address = words.find_map(|word| word.strip_prefix("tcp://")).unwrap().parse().unwrap();
         server
     }
 

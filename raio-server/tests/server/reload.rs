@@ -413,7 +413,7 @@ fn who_may_connect_changes_together_with_the_exports_or_not_at_all() {
     std::fs::write(&clients, "[client.x]\nkye = 1\n").unwrap();
     run.rejects(&two, "clients.toml:2:");
     // What is right in one file does not count while the other one is wrong.
-    std::fs::write(&clients, "[client.x]\nuser = 4000000\nexports = { b = 'rw' }\n").unwrap();
+    std::fs::write(&clients, "[client.x]\nusers = [4000000]\nexports = { b = 'rw' }\n").unwrap();
     run.rejects(&format!("{two}[export.c]\npath = '/no/such'\n"), "/no/such");
     let said = run.applies(&two);
     assert!(said.contains("Export b was added") && said.contains("1 clients may connect"), "{said}");
