@@ -3,7 +3,9 @@
  * libraio: remote asynchronous I/O.
  *
  * A program reads and writes files of a raio_server in the manner of libaio: prepare iocbs, submit a batch,
- * collect events. This header is the reference; docs/man/libraio.3 is the tutorial.
+ * collect events. This header is the reference; libraio(3) is the tutorial. scripts/manual.py makes the manual page of
+ * each call from the comments here, which say `name - what it does`, and then what it returns, with
+ * `errno: EXXX (why), EYYY (why)`.
  *
  * The model
  *
@@ -296,8 +298,9 @@ struct raio_options {
  * it.
  *
  * Returns the session's descriptor (> 0), or -1 with errno: EINVAL (NULL, an address of the wrong length or
- * without a path), EPROTONOSUPPORT (transport), EAFNOSUPPORT (address family; the transport's are others),
- * ECONNREFUSED, ENOENT, EACCES (there is no such Unix socket, or this user may not write to it), EHOSTUNREACH,
+ * without a path), EPROTONOSUPPORT (the library does not have this transport), EAFNOSUPPORT (an address of another
+ * family than those of the transport),
+ * ECONNREFUSED, ENOENT (there is no such Unix socket), EACCES (this user may not write to it), EHOSTUNREACH,
  * ENETUNREACH, ETIMEDOUT, EPROTO (not a raio server, or a protocol violation), EPROTONOSUPPORT (no protocol
  * version in common), EUSERS (the server has its maximum of sessions), ENOMEM, EMFILE. With keys also: ENOKEY (the server
  * is in the key directory, and there is no `key`; or it takes only clients that have keys), EKEYREJECTED (the
@@ -308,7 +311,7 @@ struct raio_options {
 int raio_start(const char *transport, const struct sockaddr *addr, socklen_t addrlen);
 
 /*
- * raio_connect - raio_start() by URL. The default port is 7240. IPv6 addresses are in brackets. `options` may
+ * raio_connect - is raio_start() by URL. The default port is 7240. IPv6 addresses are in brackets. `options` may
  * be NULL. Names are resolved with getaddrinfo(3), and each address is tried in turn.
  *
  *   raio://host:port       connects over TCP, to a port that the server listens on with tcp://, and upgrades
@@ -322,8 +325,8 @@ int raio_start(const char *transport, const struct sockaddr *addr, socklen_t add
  *                          are not used: the kernel tells the server which user connects. In PATH, %20 and so
  *                          on stand for other characters.
  *
- * Returns and fails as raio_start(), and with EINVAL for an invalid URL or invalid options, ENOENT for an
- * unknown host name, EKEYREJECTED if the server does not take this user over its Unix socket.
+ * Returns as raio_start(), or -1 with errno: those of raio_start(), EINVAL (an invalid URL or invalid options),
+ * ENOENT (an unknown host name), EKEYREJECTED (the server does not take this user over its Unix socket).
  */
 int raio_connect(const char *url, const struct raio_options *options);
 
@@ -335,7 +338,7 @@ int raio_connect(const char *url, const struct raio_options *options);
  * that waits for the server in another thread fails with ENOTCONN. No other thread may use a context of the
  * session during the call.
  *
- * Returns 0, or -1 with errno EBADF.
+ * Returns 0, or -1 with errno: EBADF (fd is not a session).
  */
 int raio_stop(int fd);
 
@@ -359,7 +362,7 @@ int raio_stop(int fd);
  */
 int raio_open(int fd, const char *pathname, int flags);
 
-/* raio_open_mode - raio_open() with the mode of a file that O_CREAT creates; the server's umask applies. */
+/* raio_open_mode - is raio_open() with the mode of a file that O_CREAT creates; the server's umask applies. */
 int raio_open_mode(int fd, const char *pathname, int flags, mode_t mode);
 
 /*
@@ -401,9 +404,10 @@ struct raio_stat {
 };
 
 /*
- * raio_stat_fd - raio_fstat() with the whole status that the server has. Fills in at most `size` bytes of *buf.
+ * raio_stat_fd - is raio_fstat() with the whole status that the server has. Fills in at most `size` bytes of *buf.
  *
- * Returns and fails as raio_fstat(); EINVAL also for a size that does not reach beyond the first field.
+ * Returns as raio_fstat(), or -1 with errno: those of raio_fstat(), EINVAL (a size that does not reach beyond the
+ * first field).
  */
 int raio_stat_fd(int fd, struct raio_stat *buf, size_t size);
 
@@ -412,8 +416,8 @@ int raio_stat_fd(int fd, struct raio_stat *buf, size_t size);
  * in flight on it completes, and the server closes the file afterwards; errors of that close are lost, so
  * collect the events first.
  *
- * Returns 0, or -1 with errno; the file is closed in either case: EBADF, ETIMEDOUT, ENOTCONN, ECONNRESET,
- * EPIPE, or the errno of close(2) on the server. Some file systems (NFS, FUSE) write back at close, and
+ * Returns 0, or -1 with errno: EBADF, ETIMEDOUT, ENOTCONN, ECONNRESET, EPIPE, or the errno of close(2) on the
+ * server. The file is closed in either case. Some file systems (NFS, FUSE) write back at close, and
  * report EDQUOT, ENOSPC or EIO: written data may be lost then. Only an fsync before the close rules that out.
  */
 int raio_close(int fd);
@@ -448,11 +452,16 @@ ssize_t raio_pwrite(int fd, const void *buf, size_t count, long long offset);
  * fdatasync(2). Thread-safe; it waits, costs and fails as raio_pwrite(), and with EIO if acknowledged writes were
  * lost (RAIO_RES2_LOST).
  *
- * Returns 0, or -1 with errno.
+ * Returns 0, or -1 with errno: those of raio_pwrite(), or EIO (the storage failed, or acknowledged writes were lost).
  */
 int raio_fsync(int fd, int data_only);
 
-/* raio_ftruncate - sets the size of a file that is open for writing. As raio_fsync(). */
+/*
+ * raio_ftruncate - sets the size of a file that is open for writing. As raio_fsync().
+ *
+ * Returns 0, or -1 with errno: those of raio_fsync(), EFBIG, ENOSPC, EINVAL (not a regular file, or a size beyond
+ * 2^63 - 1).
+ */
 int raio_ftruncate(int fd, unsigned long long size);
 
 /* A part of a file that has data. What lies between such parts reads as zeros. */
@@ -462,11 +471,11 @@ struct raio_extent {
 };
 
 /*
- * raio_extents - which parts of [offset, offset + length) have data, at most `nr` of them, in order. *end is the
+ * raio_extents - tells which parts of [offset, offset + length) have data, at most `nr` of them, in order. *end is the
  * offset up to which these are all: ask again from there on until it is offset + length. As raio_fsync().
  *
  * Returns how many, or -1 with errno: EINVAL (NULL, nr below 1, a negative offset, a range beyond 2^63 - 1),
- * EOPNOTSUPP.
+ * EOPNOTSUPP (the server is too old).
  */
 int raio_extents(int fd, long long offset, unsigned long long length, struct raio_extent *extents, int nr,
 		 unsigned long long *end);
@@ -478,18 +487,18 @@ int raio_extents(int fd, long long offset, unsigned long long length, struct rai
  * have room for it, whatever the source has. Not atomic: of what others write meanwhile it copies the old or the new.
  * As raio_pwrite(), but it takes as long as the storage does: call_timeout_ms does not apply.
  *
- * Returns the bytes copied, or -1 with errno. Fewer than `len`: the end of the source, or the rest failed; the same call
- * on the rest returns which (0 at the end). EINVAL (ranges that overlap, or beyond 2^63 - 1), EBADF, EOPNOTSUPP (a
+ * Returns the bytes copied: fewer than `len` at the end of the source, or if the rest failed; the same call on the rest
+ * returns which (0 at the end). Or -1 with errno: EINVAL (ranges that overlap, or beyond 2^63 - 1), EBADF, EOPNOTSUPP (a
  * server that does not know it, or an export null:), EFBIG, ENOSPC, EDQUOT.
  */
 long long raio_copy_file_range(int fd_in, long long off_in, int fd_out, long long off_out, unsigned long long len);
 
 /*
- * raio_checksum_range - the checksum of a range, which the server reads: the data does not come here. Set
+ * raio_checksum_range - gets the checksum of a range, which the server reads: the data does not come here. Set
  * checksum->type; the field of that type is filled in. Thread-safe, and as raio_copy_file_range() without a timeout.
  *
  * Returns the number of bytes covered, fewer than `len` at the end of the file, or -1 with errno: EINVAL (NULL, no such
- * type), EBADF, EOPNOTSUPP.
+ * type), EBADF, EOPNOTSUPP (the server is too old).
  */
 long long raio_checksum_range(int fd, long long offset, unsigned long long len, struct raio_checksum *checksum);
 
@@ -515,16 +524,18 @@ int raio_flock(int fd, int operation);
  * a round trip, and the calls of a session wait for one another: iocbs do many at a time. Thread-safe. Nothing is
  * kept of the caller's memory.
  *
- * They return 0, or where stated a number, or -1 with errno: EBADF (fd), EINVAL (NULL, flags), ENOENT (also for an
+ * They return 0, or where stated a number, or -1 with errno: EBADF, EINVAL (NULL, unknown flags), ENOENT (also for an
  * empty path), ENAMETOOLONG (4,096 bytes or more; a name of more than 255), ENOTDIR, EACCES, EPERM, EROFS (the
  * export is read-only), ELOOP, EXDEV (another export), EOPNOTSUPP (the server is too old, or its file system cannot),
  * EIO, ENOSPC, EDQUOT, ETIMEDOUT, ENOTCONN; and what the system call of that name says. After ETIMEDOUT, ENOTCONN,
  * or ECONNRESET (the server was restarted meanwhile) a change may have been done; after the first two it may yet be.
  */
 
-/* raio_stat_path, raio_lstat_path - get the status of a path. raio_stat_path() follows a symbolic link,
- * raio_lstat_path() does not. Fill in at most `size` bytes. Identity and verifier are zeros. "/" is the
- * list of exports. */
+/*
+ * raio_stat_path, raio_lstat_path - get the status of a path. raio_stat_path() follows a symbolic link,
+ * raio_lstat_path() does not. They fill in at most `size` bytes. Identity and verifier are zeros. "/" is the
+ * list of exports.
+ */
 int raio_stat_path(int fd, const char *path, struct raio_stat *buf, size_t size);
 int raio_lstat_path(int fd, const char *path, struct raio_stat *buf, size_t size);
 
@@ -544,21 +555,34 @@ ssize_t raio_get(int fd, const char *path, void *buf, size_t count, struct raio_
  */
 int raio_put(int fd, const char *path, const void *buf, size_t count, mode_t mode, unsigned int flags);
 
+/* raio_mkdir - creates a directory. The server's umask applies to `mode`, which is at most 0777, else EPERM. */
 int raio_mkdir(int fd, const char *path, mode_t mode);
+/* raio_rmdir - removes an empty directory. */
 int raio_rmdir(int fd, const char *path);
+/* raio_unlink - removes a name of a file, or a symbolic link. */
 int raio_unlink(int fd, const char *path);
-/* `flags`: 0 or RAIO_RENAME_NOREPLACE. Both paths are in one export, as those of raio_link(). */
+/*
+ * raio_rename - gives a file or directory another name, and replaces what has that name, as rename(2). `flags`: 0 or
+ * RAIO_RENAME_NOREPLACE. Both paths are in one export.
+ */
 int raio_rename(int fd, const char *from, const char *to, unsigned int flags);
+/* raio_link - gives a file a second name. Both paths are in one export. */
 int raio_link(int fd, const char *original, const char *link);
-/* `target` is kept as it is. The server follows links that stay in the export. */
+/* raio_symlink - creates a symbolic link. `target` is kept as it is. The server follows links that stay in the export. */
 int raio_symlink(int fd, const char *target, const char *link);
-/* Returns the length of the target, of which it stores at most `size` bytes, without a terminating zero; or -1. */
+/*
+ * raio_readlink - reads the target of a symbolic link, of which it stores at most `size` bytes, without a terminating
+ * zero.
+ *
+ * Returns the length of the target, or -1.
+ */
 ssize_t raio_readlink(int fd, const char *path, char *buf, size_t size);
-/* Sets the size of a regular file: raio_ftruncate() without an open. */
+
+/* raio_truncate - sets the size of a regular file: raio_ftruncate() without an open. */
 int raio_truncate(int fd, const char *path, unsigned long long size);
-/* At most 0777: a client gives no set-user-ID bits. */
+/* raio_chmod - sets the permissions, at most 0777: a client gives no set-user-ID bits. */
 int raio_chmod(int fd, const char *path, mode_t mode);
-/* Sets the modification time, in nanoseconds since 1970-01-01 UTC. `flags`: 0 or RAIO_PATH_NOFOLLOW. */
+/* raio_utimens - sets the modification time, in nanoseconds since 1970-01-01 UTC. `flags`: 0 or RAIO_PATH_NOFOLLOW. */
 int raio_utimens(int fd, const char *path, long long modified_ns, unsigned int flags);
 
 /* Space and inodes of a file system. `size` is first, so that later versions can append fields. */
@@ -573,13 +597,17 @@ struct raio_statfs {
 	unsigned long long name_bytes_max;
 };
 
-/* raio_statfs_path - space and inodes of the path's file system. Fills in at most `size` bytes of *buf. */
+/* raio_statfs_path - gets space and inodes of the path's file system. It fills in at most `size` bytes of *buf. */
 int raio_statfs_path(int fd, const char *path, struct raio_statfs *buf, size_t size);
 
 /*
- * Extended attributes; their names begin with "user.". A get and a list return the length of the value, or of the
- * names, each of which ends with a zero byte; with size 0 they store nothing, and ERANGE says that `size` is too
- * small. A value has at most 64 KiB (E2BIG). `flags`: 0 or RAIO_XATTR_CREATE.
+ * raio_getxattr, raio_setxattr, raio_listxattr, raio_removexattr - get, set, list and remove the extended attributes of
+ * a file or directory. Their names begin with "user.". A value has at most 64 KiB. With size 0 a get and a list store
+ * nothing. `flags`: 0 or RAIO_XATTR_CREATE.
+ *
+ * A get and a list return the length of the value, or of the names, each of which ends with a zero byte. The others
+ * return 0. All return -1 with errno: those of all calls on paths, or ERANGE (`size` is too small), E2BIG (a value of more than 64 KiB),
+ * ENODATA (there is no such attribute), EEXIST (with RAIO_XATTR_CREATE there is one).
  */
 ssize_t raio_getxattr(int fd, const char *path, const char *name, void *value, size_t size);
 int raio_setxattr(int fd, const char *path, const char *name, const void *value, size_t size, unsigned int flags);
@@ -601,12 +629,12 @@ struct raio_dirent {
  * raio_opendir - begins to list a directory; "/" lists the exports. The server keeps the listing until
  * raio_closedir(), or until the session has begun 16 others. A directory belongs to one thread at a time.
  *
- * Returns it, or NULL with errno: as above, or EMFILE (too many listings of this client).
+ * Returns it, or NULL with errno: those of all calls on paths, or EMFILE (too many listings of this client).
  */
 raio_dir_t raio_opendir(int fd, const char *path);
 
 /*
- * raio_readdir - the next entry, in no particular order, without "." and "..". Entries come in pages, a request each.
+ * raio_readdir - gets the next entry, in no particular order, without "." and "..". Entries come in pages, a request each.
  * Fills in at most `size` bytes of *entry.
  *
  * Returns 1, 0 at the end, or -1 with errno: EINVAL (not a directory of raio_opendir(), NULL), EBUSY (an iocb
@@ -615,7 +643,11 @@ raio_dir_t raio_opendir(int fd, const char *path);
  */
 int raio_readdir(raio_dir_t dir, struct raio_dirent *entry, size_t size);
 
-/* raio_closedir - ends it, also after raio_stop(). Returns 0, or -1 with errno EINVAL. */
+/*
+ * raio_closedir - ends it, also after raio_stop().
+ *
+ * Returns 0, or -1 with errno: EINVAL (not a directory of raio_opendir()).
+ */
 int raio_closedir(raio_dir_t dir);
 
 /* Contexts ---------------------------------------------------------------------------------------------- */
@@ -637,13 +669,13 @@ int raio_setup(int fd, int maxevents, raio_context_t *ctxp);
  * later), drops uncollected events, and frees the context with its registrations and lent buffers. Memory
  * from raio_alloc() remains valid until raio_free().
  *
- * Returns 0, or -1 with errno EINVAL.
+ * Returns 0, or -1 with errno: EINVAL (NULL, or not a context).
  */
 int raio_destroy(raio_context_t ctx);
 
 /*
  * raio_submit - queues `nr` iocbs and sends as many as the server has granted credits for; the rest is sent
- * as responses arrive. Never blocks.
+ * as responses arrive. It never blocks.
  *
  * Memory.  `buf` may be any memory of the caller. If it is in a registration (raio_reg_mr(), raio_alloc()),
  * set `mr` to that for zero-copy over RDMA; over TCP it makes no difference. A read with `buf` NULL uses one
@@ -663,11 +695,12 @@ int raio_destroy(raio_context_t ctx);
  * applies to the whole if it applies to a part. A read with `buf` NULL may have at most 1 GiB.
  *
  * Returns how many were accepted, from the front: fewer than nr if the context is full, or if a later one is
- * invalid (submit that one again to get its error). -EAGAIN: the context was full already. If the first one
- * is invalid: -EINVAL (NULL, opcode, flags, length, negative offset, buf not within mr, resfd not an
- * eventfd), -EBADF (raio_fildes is not an open file of this session, resfd is not open), -EMFILE (for an
- * eventfd, see raio_set_eventfd()). -ENOTCONN: the connection has failed. nr 0 returns 0; nr negative is
- * -EINVAL.
+ * invalid (submit that one again to get its error). nr 0 returns 0. If the first was not accepted it returns the
+ * negated errno: -EAGAIN (the context was full already), -EINVAL (NULL, nr negative, opcode, flags, length, negative
+ * offset, buf not within mr, resfd not an eventfd), -EBADF (raio_fildes is not an open file of this session, or resfd is
+ * not open), -EMFILE (for an eventfd, see raio_set_eventfd()), -ENOTCONN (the connection has failed). For operations on
+ * paths also: -ENOENT (an empty path), -ENAMETOOLONG, -EFBIG (a put of more than `io_bytes_max`), -E2BIG (an attribute's
+ * value of more than 64 KiB), -ERANGE (its name has more than 255 bytes).
  */
 int raio_submit(raio_context_t ctx, long nr, struct raio_iocb *ios[]);
 
@@ -677,8 +710,8 @@ int raio_submit(raio_context_t ctx, long nr, struct raio_iocb *ios[]);
  * min_nr 0 returns what has completed now. If fewer than min_nr are in flight, it still waits for the
  * timeout; without one it returns what there is instead of waiting forever.
  *
- * Returns how many, or -EINVAL (NULL, negative, min_nr > nr, a malformed timeout), -EINTR (a signal, with
- * nothing collected yet), -ENOTCONN (the connection has failed and every event was collected).
+ * Returns how many, or the negated errno: -EINVAL (NULL, negative, min_nr > nr, a malformed timeout), -EINTR (a
+ * signal, with nothing collected yet), -ENOTCONN (the connection has failed and every event was collected).
  */
 int raio_getevents(raio_context_t ctx, long min_nr, long nr, struct raio_event *events,
 		   struct timespec *timeout);
@@ -686,7 +719,7 @@ int raio_getevents(raio_context_t ctx, long min_nr, long nr, struct raio_event *
 /*
  * raio_release - returns the lent buffers of these events. Events without one are skipped.
  *
- * Returns 0, or -1 with errno EINVAL (NULL, negative nr, or a handle that is not lent out; the others are
+ * Returns 0, or -1 with errno: EINVAL (NULL, negative nr, or a handle that is not lent out; the others are
  * still released).
  */
 int raio_release(raio_context_t ctx, long nr, struct raio_event *events);
@@ -697,14 +730,14 @@ int raio_release(raio_context_t ctx, long nr, struct raio_event *events);
  * flight on it, even if the server answers pings.
  *
  * Returns 0 if the iocb was cancelled and has no effect; *evt is its event (res -ECANCELED), and
- * raio_getevents() will not return it. Otherwise -1 with errno, and raio_getevents() returns its event as
- * usual: EAGAIN (too late: it is executing or has completed; a long one whose first parts are done ends with
+ * raio_getevents() will not return it. Otherwise raio_getevents() returns its event as usual, and this call -1
+ * with errno: EAGAIN (too late: it is executing or has completed; a long one whose first parts are done ends with
  * as many bytes), EINVAL (NULL, or not in flight), ENOTCONN.
  */
 int raio_cancel(raio_context_t ctx, struct raio_iocb *iocb, struct raio_event *evt);
 
 /*
- * raio_poll_fd - a kernel descriptor for poll(2), epoll(7), libevent, libuv: readable when raio_getevents()
+ * raio_poll_fd - gets a kernel descriptor for poll(2), epoll(7), libevent, libuv: readable when raio_getevents()
  * may have work. Then call raio_getevents(ctx, 0, nr, ...) until it returns fewer than nr. It belongs to the
  * context; do not read, write or close it.
  *
@@ -723,8 +756,9 @@ int raio_poll_fd(raio_context_t ctx);
 int raio_reg_mr(raio_context_t ctx, void *buf, size_t len, raio_mr_t *mr);
 
 /*
- * raio_dereg_mr - unregisters it. Returns 0, or -1 with errno: EINVAL (not a registration of this context),
- * EBUSY (I/O in flight uses it).
+ * raio_dereg_mr - unregisters it.
+ *
+ * Returns 0, or -1 with errno: EINVAL (not a registration of this context), EBUSY (I/O in flight uses it).
  */
 int raio_dereg_mr(raio_context_t ctx, raio_mr_t mr);
 
@@ -733,13 +767,14 @@ int raio_dereg_mr(raio_context_t ctx, raio_mr_t mr);
  * ones, and registers them. The pages are prefaulted, so that the first I/O on them is as fast as later I/O.
  * `*mr` is set to the registration if mr is not NULL. raio_free() ends it.
  *
- * Returns the memory, or NULL with errno: EINVAL, ENOMEM.
+ * Returns the memory, or NULL with errno: EINVAL (ctx, or length 0), ENOMEM.
  */
 void *raio_alloc(raio_context_t ctx, size_t len, raio_mr_t *mr);
 
 /*
- * raio_free - frees it. Returns 0, or -1 with errno: EINVAL (not from raio_alloc()), EBUSY (I/O in flight
- * uses it).
+ * raio_free - frees memory from raio_alloc(), of this context or of one that was destroyed.
+ *
+ * Returns 0, or -1 with errno: EINVAL (not from raio_alloc()), EBUSY (I/O in flight uses it).
  */
 int raio_free(raio_context_t ctx, void *buf);
 
@@ -768,34 +803,44 @@ struct raio_stats {
 	unsigned long long crc;			/* 1: all requests have CRC32C, see RAIO_OPT_CRC */
 };
 
-/* raio_get_stats - fills in at most `size` bytes of *stats. Returns 0, or -1 with errno EINVAL. */
+/*
+ * raio_get_stats - gets the counters of a context. It fills in at most `size` bytes of *stats.
+ *
+ * Returns 0, or -1 with errno: EINVAL (NULL, not a context, or a size that does not reach beyond the first field).
+ */
 int raio_get_stats(raio_context_t ctx, struct raio_stats *stats, size_t size);
 
 /*
- * raio_errmsg - the message of the latest raio call in this thread: why it failed and what to do about it, ""
- * after success. After a raio_getevents() that returned failures it is the message of the last of them; after
- * one that returned 0 while the connection is being made again, since when that is, and what stands in the way;
- * after a raio_connect() it is why the session is not on RDMA. The address is the same for all calls of a thread;
+ * raio_errmsg - tells of the latest raio call in this thread why it failed and what to do about it.
+ *
+ * Returns the message, "" after success. After a raio_getevents() that returned failures it is the message of the
+ * last of them; after one that returned 0 while the connection is being made again, since when that is, and what
+ * stands in the way; after a raio_connect() it is why the session is not on RDMA. The address is the same for all calls of a thread;
  * the text is valid until the next one. It is meant for people: the wording may change.
  */
 const char *raio_errmsg(void);
 
 /*
- * raio_event_errmsg - the message of a failed event, from the context's latest raio_getevents() or a later
- * raio_cancel(). Valid until the context's next raio_getevents().
+ * raio_event_errmsg - tells why an event failed, which is of the context's latest raio_getevents() or a later
+ * raio_cancel().
  *
- * Returns the message; "" for an event that did not fail; "" with errno EINVAL (NULL, not a context, an
+ * Returns the message, valid until the context's next raio_getevents(); "" for an event that did not fail; "" with errno: EINVAL (NULL, not a context, an
  * earlier event).
  */
 const char *raio_event_errmsg(raio_context_t ctx, const struct raio_event *event);
 
 /*
- * raio_crc32c - CRC32C (Castagnoli, as in iSCSI and SSE 4.2) of `len` bytes. Start with `crc` 0; the result,
- * passed as `crc` with the bytes that follow, gives that of both.
+ * raio_crc32c - computes the CRC32C (Castagnoli, as in iSCSI and SSE 4.2) of `len` bytes.
+ *
+ * Returns it. Start with `crc` 0; the result, passed as `crc` with the bytes that follow, gives that of both.
  */
 unsigned int raio_crc32c(unsigned int crc, const void *buf, size_t len);
 
-/* raio_abi_version - the RAIO_ABI_VERSION of the loaded library. */
+/*
+ * raio_abi_version - tells which library is loaded.
+ *
+ * Returns its RAIO_ABI_VERSION.
+ */
 unsigned int raio_abi_version(void);
 
 /* Preparing control blocks ------------------------------------------------------------------------------ */
@@ -886,6 +931,11 @@ static inline void raio_prep_(struct raio_iocb *iocb, int opcode, int fd, void *
 	iocb->u.c.mr = mr;
 }
 
+/*
+ * raio_prep_pread, raio_prep_pwrite - prepare a read into `buf`, or a write from it, of `count` bytes. `mr` is the
+ * registration that contains `buf`, or NULL. For a read with `buf` NULL the library lends a buffer: see raio_submit().
+ * The event's `res` is the bytes that were read or written.
+ */
 static inline void raio_prep_pread(struct raio_iocb *iocb, int fd, void *buf, size_t count, long long offset,
 				   raio_mr_t mr)
 {
@@ -899,6 +949,7 @@ static inline void raio_prep_pwrite(struct raio_iocb *iocb, int fd, void *buf, s
 }
 
 /*
+ * raio_prep_preadv, raio_prep_pwritev - prepare the same with several buffers, which are contiguous in the file.
  * raio_submit() copies the iovecs, at most 1,024; the library owns the buffers that they point at while in
  * flight.
  */
@@ -914,7 +965,10 @@ static inline void raio_prep_pwritev(struct raio_iocb *iocb, int fd, const struc
 	raio_prep_(iocb, RAIO_CMD_PWRITEV, fd, (void *)iov, (unsigned long long)iovcnt, offset, mr);
 }
 
-/* data_only: fdatasync */
+/*
+ * raio_prep_fsync - prepares an fsync: it makes durable every write whose event was collected before it was submitted,
+ * on any context. data_only: as fdatasync(2), and RAIO_IOCB_DATASYNC is set.
+ */
 static inline void raio_prep_fsync(struct raio_iocb *iocb, int fd, int data_only)
 {
 	raio_prep_(iocb, RAIO_CMD_FSYNC, fd, NULL, 0, 0, NULL);
@@ -923,8 +977,9 @@ static inline void raio_prep_fsync(struct raio_iocb *iocb, int fd, int data_only
 }
 
 /*
- * Any length, in one request: --io-max does not apply to these three. On a server that is too old to know one, its event has
- * -EOPNOTSUPP, and nothing is sent.
+ * raio_prep_discard, raio_prep_write_zeroes - prepare to deallocate a range, or to have it read as zeros. Any length, in
+ * one request: --io-max does not apply to these two and raio_prep_allocate(). On a server that is too old to know one,
+ * its event has -EOPNOTSUPP, and nothing is sent.
  */
 static inline void raio_prep_discard(struct raio_iocb *iocb, int fd, long long offset,
 				     unsigned long long nbytes)
@@ -939,7 +994,7 @@ static inline void raio_prep_write_zeroes(struct raio_iocb *iocb, int fd, long l
 }
 
 /*
- * fallocate(2) with mode 0, or FALLOC_FL_KEEP_SIZE if keep_size: no byte of the file changes, also with
+ * raio_prep_allocate - prepares an fallocate(2) with mode 0, or FALLOC_FL_KEEP_SIZE if keep_size: no byte of the file changes, also with
  * concurrent writers. -EOPNOTSUPP if the server's storage does not support it.
  */
 static inline void raio_prep_allocate(struct raio_iocb *iocb, int fd, long long offset,
@@ -951,7 +1006,7 @@ static inline void raio_prep_allocate(struct raio_iocb *iocb, int fd, long long 
 }
 
 /*
- * Closes a file, as raio_close(): its descriptor ends when raio_submit() accepts the iocb. If other iocbs are in
+ * raio_prep_close - prepares to close a file, as raio_close(): its descriptor ends when raio_submit() accepts the iocb. If other iocbs are in
  * flight on it, this one completes at once, and the server closes the file when they have. One that is cancelled or
  * times out is closed nevertheless, later.
  */
@@ -960,19 +1015,20 @@ static inline void raio_prep_close(struct raio_iocb *iocb, int fd)
 	raio_prep_(iocb, RAIO_CMD_CLOSE, fd, NULL, 0, 0, NULL);
 }
 
-/* raio_stat_fd(): *stat is filled in when the event is collected. */
+/* raio_prep_stat_fd - prepares a raio_stat_fd(). *stat is filled in when the event is collected. */
 static inline void raio_prep_stat_fd(struct raio_iocb *iocb, int fd, struct raio_stat *stat)
 {
 	raio_prep_(iocb, RAIO_CMD_STAT_FD, fd, stat, sizeof(*stat), 0, NULL);
 }
 
+/* raio_prep_ftruncate - prepares a raio_ftruncate(). */
 static inline void raio_prep_ftruncate(struct raio_iocb *iocb, int fd, unsigned long long size)
 {
 	raio_prep_(iocb, RAIO_CMD_FTRUNCATE, fd, NULL, size, 0, NULL);
 }
 
 /*
- * raio_copy_file_range(), in one request: `res` is the bytes copied. Fills in *args, which raio_submit() copies. One that
+ * raio_prep_copy_file_range - prepares a raio_copy_file_range(), in one request: `res` is the bytes copied. Fills in *args, which raio_submit() copies. One that
  * is cancelled, or times out, when a part is done ends with that part.
  */
 static inline void raio_prep_copy_file_range(struct raio_iocb *iocb, struct raio_copy_args *args, int fd_in,
@@ -985,7 +1041,7 @@ static inline void raio_prep_copy_file_range(struct raio_iocb *iocb, struct raio
 }
 
 /*
- * raio_checksum_range() of this type, in one request: `res` is the number of bytes covered, and *checksum, which
+ * raio_prep_checksum - prepares a raio_checksum_range() of this type, in one request: `res` is the number of bytes covered, and *checksum, which
  * belongs to the library until then, is filled in when the event is collected.
  */
 static inline void raio_prep_checksum(struct raio_iocb *iocb, int fd, unsigned int type, long long offset,
@@ -996,7 +1052,7 @@ static inline void raio_prep_checksum(struct raio_iocb *iocb, int fd, unsigned i
 	raio_prep_(iocb, RAIO_CMD_CHECKSUM, fd, checksum, len, offset, NULL);
 }
 
-/* raio_flock(). */
+/* raio_prep_flock - prepares a raio_flock(). */
 static inline void raio_prep_flock(struct raio_iocb *iocb, int fd, int operation)
 {
 	raio_prep_(iocb, RAIO_CMD_FLOCK, fd, NULL, (unsigned long long)operation, 0, NULL);
@@ -1017,7 +1073,7 @@ static inline void raio_prep_path_(struct raio_iocb *iocb, int opcode, int fd, s
 }
 
 /*
- * raio_open_mode(). `res` is a new descriptor > 0 for each file, also for the first of a session. A file whose open
+ * raio_prep_open - prepares a raio_open_mode(). `res` is a new descriptor > 0 for each file, also for the first of a session. A file whose open
  * times out is closed again.
  */
 static inline void raio_prep_open(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
@@ -1028,7 +1084,7 @@ static inline void raio_prep_open(struct raio_iocb *iocb, int fd, struct raio_pa
 	args->mode = mode;
 }
 
-/* raio_stat_path(), or with RAIO_PATH_NOFOLLOW raio_lstat_path(). */
+/* raio_prep_stat_path - prepares a raio_stat_path(), or with RAIO_PATH_NOFOLLOW a raio_lstat_path(). */
 static inline void raio_prep_stat_path(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
 				       struct raio_stat *stat, unsigned int flags)
 {
@@ -1038,7 +1094,7 @@ static inline void raio_prep_stat_path(struct raio_iocb *iocb, int fd, struct ra
 	args->flags = flags;
 }
 
-/* raio_get(): `res` is the bytes read. `stat` may be NULL. raio_set_crc() protects it, as a read. */
+/* raio_prep_get - prepares a raio_get(): `res` is the bytes read. `stat` may be NULL. raio_set_crc() protects it, as a read. */
 static inline void raio_prep_get(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
 				 void *buf, size_t count, struct raio_stat *stat, raio_mr_t mr)
 {
@@ -1051,7 +1107,7 @@ static inline void raio_prep_get(struct raio_iocb *iocb, int fd, struct raio_pat
 }
 
 /*
- * raio_put(): `res` is `count`. raio_set_crc() protects it, as a write. To set the modification time, set
+ * raio_prep_put - prepares a raio_put(): `res` is `count`. raio_set_crc() protects it, as a write. To set the modification time, set
  * args->modified_ns afterwards, and RAIO_PUT_MTIME in args->flags.
  */
 static inline void raio_prep_put(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
@@ -1065,6 +1121,10 @@ static inline void raio_prep_put(struct raio_iocb *iocb, int fd, struct raio_pat
 	iocb->u.c.mr = mr;
 }
 
+/*
+ * raio_prep_mkdir, raio_prep_rmdir, raio_prep_unlink, raio_prep_rename, raio_prep_link, raio_prep_symlink - prepare the
+ * calls of these names.
+ */
 static inline void raio_prep_mkdir(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
 				   mode_t mode)
 {
@@ -1104,7 +1164,7 @@ static inline void raio_prep_symlink(struct raio_iocb *iocb, int fd, struct raio
 	args->other = target;
 }
 
-/* raio_readlink(): `res` is how many bytes were stored. */
+/* raio_prep_readlink - prepares a raio_readlink(): `res` is how many bytes were stored. */
 static inline void raio_prep_readlink(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
 				      char *buf, size_t size)
 {
@@ -1114,7 +1174,7 @@ static inline void raio_prep_readlink(struct raio_iocb *iocb, int fd, struct rai
 }
 
 /*
- * raio_truncate(), raio_chmod(), raio_utimens(): each is a RAIO_CMD_SET_ATTRIBUTES. To set several attributes at once,
+ * raio_prep_truncate, raio_prep_chmod, raio_prep_utimens - prepare a RAIO_CMD_SET_ATTRIBUTES each. To set several attributes at once,
  * set the others in *args afterwards, and their RAIO_SET_* in args->flags.
  */
 static inline void raio_prep_truncate(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
@@ -1141,7 +1201,7 @@ static inline void raio_prep_utimens(struct raio_iocb *iocb, int fd, struct raio
 	args->flags = flags | RAIO_SET_MTIME;
 }
 
-/* raio_statfs_path() */
+/* raio_prep_statfs_path - prepares a raio_statfs_path(). */
 static inline void raio_prep_statfs_path(struct raio_iocb *iocb, int fd, struct raio_path_args *args,
 					 const char *path, struct raio_statfs *buf)
 {
@@ -1151,9 +1211,9 @@ static inline void raio_prep_statfs_path(struct raio_iocb *iocb, int fd, struct 
 }
 
 /*
- * raio_getxattr(), raio_setxattr(), raio_listxattr(), raio_removexattr(): `res` of a get and a list is the length.
- * raio_submit() copies the attribute's name, and fails with -E2BIG (a value of more than 64 KiB) or -ERANGE (a name of
- * more than 255 bytes). raio_set_crc() protects a set, as a write.
+ * raio_prep_getxattr, raio_prep_setxattr, raio_prep_listxattr, raio_prep_removexattr - prepare the calls of these names.
+ * `res` of a get and a list is the length. raio_submit() copies the attribute's name, and fails with -E2BIG (a value of
+ * more than 64 KiB) or -ERANGE (a name of more than 255 bytes). raio_set_crc() protects a set, as a write.
  */
 static inline void raio_prep_getxattr(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
 				      const char *name, void *value, size_t size)
@@ -1190,7 +1250,7 @@ static inline void raio_prep_removexattr(struct raio_iocb *iocb, int fd, struct 
 }
 
 /*
- * raio_opendir(): *dir is set when the event is collected, unless it is a failure. `res` is how many entries
+ * raio_prep_opendir - prepares a raio_opendir(): *dir is set when the event is collected, unless it is a failure. `res` is how many entries
  * raio_readdir() has without waiting for the server: 0 if the directory is empty. For more, see raio_prep_readdir().
  */
 static inline void raio_prep_opendir(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
@@ -1202,7 +1262,7 @@ static inline void raio_prep_opendir(struct raio_iocb *iocb, int fd, struct raio
 }
 
 /*
- * Brings the next page of a directory's entries. `res` is the number of entries that raio_readdir() can then return
+ * raio_prep_readdir - prepares to bring the next page of a directory's entries. `res` is the number of entries that raio_readdir() can then return
  * without waiting; 0: there are no more. Until the event is collected raio_readdir() fails with EBUSY; raio_closedir()
  * does not, and the entries are dropped. If the iocb fails, or is cancelled, the directory has no more entries: close
  * it, and begin again.
@@ -1214,7 +1274,7 @@ static inline void raio_prep_readdir(struct raio_iocb *iocb, int fd, struct raio
 }
 
 /*
- * Adds 1 to `eventfd` when this iocb completes. Call it after raio_prep_*. The library holds the eventfd open
+ * raio_set_eventfd - adds 1 to `eventfd` when this iocb completes. Call it after raio_prep_*. The library holds the eventfd open
  * while iocbs that use it are in flight, with one duplicate descriptor per context and eventfd, so the
  * program may close its own. (Where kcmp(2) is forbidden, it takes one per raio_submit().) A full eventfd is
  * skipped rather than waited for, unless it has no EFD_NONBLOCK and another thread fills it at that moment.
@@ -1229,7 +1289,7 @@ static inline void raio_set_eventfd(struct raio_iocb *iocb, int eventfd)
 }
 
 /*
- * Protects an iocb by checksums from memory to memory, also in a session without (RAIO_OPT_NO_CRC). Call it
+ * raio_set_crc - protects an iocb by checksums from memory to memory, also in a session without (RAIO_OPT_NO_CRC). Call it
  * after raio_prep_*. For a write, `crc` is the raio_crc32c() of its data, computed when the data was made: the
  * server compares before it writes. For a read, iocb->crc is that of the bytes that were read, as the server
  * has said and as the library has compared it with the buffer: no other pass over the data is needed. For all
@@ -1247,7 +1307,7 @@ static inline void raio_set_crc(struct raio_iocb *iocb, unsigned int crc)
 }
 
 /*
- * Sets a timeout: the iocb completes with -ETIMEDOUT if it has not completed `timeout_ms` milliseconds
+ * raio_set_timeout - sets a timeout: the iocb completes with -ETIMEDOUT if it has not completed `timeout_ms` milliseconds
  * after raio_submit(). Call it after raio_prep_*; the timeout stays set when the iocb is submitted again.
  * 0: no timeout (default). Values above RAIO_IOCB_TIMEOUT_MAX are reduced to it.
  *

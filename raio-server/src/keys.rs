@@ -50,7 +50,7 @@ const CLIENTS: &str = "clients.toml";
 
 /// What is in `clients.toml` at first.
 const CLIENTS_AT_FIRST: &str = "\
-# Who may connect, and what each may open. After a change: kill -HUP the server. See raio_server(8).
+# Who may connect, and what each may open. After a change: kill -HUP the server. See raio.toml(5).
 #
 # [client.NAME]
 # keys = [\"ed25519:...\"]
@@ -600,7 +600,7 @@ impl Clients {
     fn parse(path: &Path, text: &str, names: &Names) -> anyhow::Result<Self> {
         let file: File = toml::from_str(text).map_err(|error| {
             let at = error.span().map_or(path.display().to_string(), |span| place(path, text, span.start));
-            anyhow!("{at}: {}\nSee raio_server(8) for the form of {CLIENTS}.", error.message())
+            anyhow!("{at}: {}\nSee raio.toml(5) for the form of {CLIENTS}.", error.message())
         })?;
         let all = Self { len: file.client.len(), ..Self::default() };
         let mut reading = Reading { path, text, names, all };

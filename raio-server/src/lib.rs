@@ -37,6 +37,8 @@ mod listing;
 mod log;
 mod lookup;
 mod machine;
+#[cfg(test)]
+mod manual;
 mod names;
 mod open;
 mod orphan_guard;
