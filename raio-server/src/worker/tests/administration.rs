@@ -90,7 +90,7 @@ fn a_session_that_is_killed_ends_on_all_workers_and_its_client_hears_why() {
         bench.pair.until("it is over", |workers| executing(workers) == 0);
     }
     assert_eq!(bench.sessions().len(), 1);
-    let error = bench.control.kill(id, "user 0", Instant::now()).err().expect("it has ended");
+    let Err(error) = bench.control.kill(id, "user 0", Instant::now()) else { panic!("it has ended") };
     assert_eq!(error.status, 404, "{}", error.text);
     bench.pair.open(&mut other);
     bench.pair.connect(0, &offer(3, 1));
@@ -101,7 +101,7 @@ fn only_what_is_an_id_of_one_session_kills() {
     let mut bench = Bench::new();
     let _members = [1, 2].map(|number| bench.pair.connect(0, &offer(number, 1)));
     for (id, status) in [("", 400), ("abcdef", 400), ("0000000g", 400), ("0000000000000000", 404)] {
-        let refusal = bench.control.kill(id, "user 0", Instant::now()).err().expect("it is none");
+        let Err(refusal) = bench.control.kill(id, "user 0", Instant::now()) else { panic!("it is none") };
         assert_eq!(refusal.status, status, "{id}: {}", refusal.text);
     }
     assert_eq!(bench.sessions().len(), 2);
@@ -216,7 +216,7 @@ fn a_trace_is_of_the_requests_while_it_is_recorded_and_there_is_one_at_a_time() 
         |bench: &Bench, seconds| bench.control.trace(seconds, Instant::now()).err().map(|it| it.status);
     assert_eq!([refusal(&bench, 0), refusal(&bench, 61)], [Some(400), Some(400)]);
     let start = Instant::now();
-    let mut trace = bench.control.trace(1, start).ok().expect("there is none yet");
+    let Ok(mut trace) = bench.control.trace(1, start) else { panic!("there is none yet") };
     assert_eq!(refusal(&bench, 1), Some(409));
     bench.pair.run();
     member.write(file, 7);
@@ -239,7 +239,7 @@ fn a_trace_is_of_the_requests_while_it_is_recorded_and_there_is_one_at_a_time() 
     assert_eq!(events.iter().filter(|event| event["name"] == "thread_name").count(), 2);
     drop(trace);
     // One that nobody waits for any more ends, too.
-    drop(bench.control.trace(60, Instant::now()).ok().expect("the other one has ended"));
+    assert!(bench.control.trace(60, Instant::now()).is_ok(), "the other one has ended");
     bench.pair.run();
     assert!(bench.pair.workers.iter().all(|worker| !worker.tracer.is_on()));
 }
