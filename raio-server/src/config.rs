@@ -601,11 +601,12 @@ impl Options {
              --keys DIRECTORY.",
             name("ktls")
         );
+        // A file may get some while the server runs.
         ensure!(
-            !options.export.is_empty(),
+            !options.export.is_empty() || command_line.config.is_some(),
             "There is nothing to serve. Say what with --export NAME=PATH (a directory, a regular file or a \
-             block device; add \
-             `,rw` to let clients write), or with an [export.NAME] table of the configuration file."
+             block device; add `,rw` to let clients write), or with an [export.NAME] table of a \
+             configuration file."
         );
         let mut names = HashSet::new();
         for export in &options.export {

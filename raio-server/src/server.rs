@@ -439,6 +439,13 @@ impl Server {
         warn_if_unreadable(config);
         let (sessions_max, limits, exports) = limits_and_exports(config, descriptors)?;
         let chown = check_clients(config, keys.as_ref(), &exports)?;
+        if exports.all().is_empty() {
+            tracing::warn!(
+                name: "no-exports",
+                "Nothing is exported yet. Add an [export.NAME] table to the configuration file, and send \
+                 SIGHUP."
+            );
+        }
         if keys.as_ref().is_some_and(|keys| keys.count() == 0) {
             tracing::warn!(
                 name: "no-clients",

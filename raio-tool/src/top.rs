@@ -20,7 +20,7 @@ use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use signal_hook::consts::{SIGHUP, SIGTERM};
+use signal_hook::consts::SIGTERM;
 
 use self::answer::{Sample, Sessions, SlowRequests, Stats, Workers};
 use self::model::{Pair, Sort, Summary, Table, View};
@@ -149,10 +149,10 @@ fn asking(mut admin: Admin, views: &Receiver<View>, samples: &Sender<(View, Resu
 /// Shows it on the terminal until the user, a signal or an error ends it.
 fn show(global: &Global, options: &Options, admin: Admin, interrupt: &Interrupt) -> Result<(), Failure> {
     let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGTERM, SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(&stop))
-            .map_err(|error| Failure::io("Cannot handle signals", &error))?;
-    }
+    // SIGHUP ends the process as it is: there is no terminal any more to be restored, and crossterm would
+    // read its end again and again.
+    signal_hook::flag::register(SIGTERM, Arc::clone(&stop))
+        .map_err(|error| Failure::io("Cannot handle signals", &error))?;
     let (views, asked) = mpsc::channel();
     let (answers, samples) = mpsc::channel();
     std::thread::Builder::new()

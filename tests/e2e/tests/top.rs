@@ -194,3 +194,20 @@ fn a_signal_leaves_the_terminal_as_it_was() {
         assert!(screen.contains(exit) && screen.contains(" icanon"), "{signal}:\n{screen}");
     }
 }
+
+#[test]
+fn it_ends_with_its_terminal() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let _server = serve(directory.path());
+    let Some(terminal) = Terminal::start(&directory, &command(&directory)) else { return };
+    terminal.wait_for(|screen| screen.contains("serving for "));
+    let pid = std::fs::read_to_string(directory.path().join("pid")).expect("a file");
+    drop(terminal);
+    let status = PathBuf::from(format!("/proc/{}/status", pid.trim()));
+    let runs = || std::fs::read_to_string(&status).is_ok_and(|text| !text.contains("State:\tZ"));
+    let deadline = Instant::now() + PATIENCE;
+    while runs() {
+        assert!(Instant::now() < deadline, "it still runs");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
