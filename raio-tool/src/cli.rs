@@ -119,7 +119,7 @@ pub struct ManualOptions {
 }
 
 /// The commands under headings, as the help of `raio` shows them.
-const GROUPS: [(&str, &[&str]); 5] = [
+const GROUPS: [(&str, &[&str]); 6] = [
     ("Copy", &["cp", "sync", "cat"]),
     (
         "Files and directories of a server",
@@ -127,6 +127,7 @@ const GROUPS: [(&str, &[&str]); 5] = [
     ),
     ("Compare", &["checksum", "cmp"]),
     ("Servers", &["info", "ping", "bench", "load", "doctor"]),
+    ("Administration of a server on this machine", &["top", "admin"]),
     ("This client", &["key", "completions"]),
 ];
 
