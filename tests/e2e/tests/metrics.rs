@@ -249,6 +249,13 @@ fn a_scrape_does_not_grow_with_sessions() {
         names.sort();
         names
     };
+    // The close is the last of what it does, and counts when it is answered.
+    let closes = "raio_request_seconds_count{op=\"close\",export=\"\"}";
+    let deadline = Instant::now() + PATIENCE;
+    while !observed.metrics().0.contains_key(closes) {
+        assert!(Instant::now() < deadline, "there is no close");
+        std::thread::sleep(Duration::from_millis(10));
+    }
     let before = observed.metrics();
     let sessions: Vec<_> = (0..200).map(|_| observed.connect()).collect();
     let after = observed.metrics();
