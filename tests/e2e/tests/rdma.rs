@@ -2,7 +2,7 @@
 //! memory, a wire that is cut, idleness, too little memory to lock, several devices. They need the wire of
 //! scripts/rdma-vm.
 //!
-//! RAIO_TEST_KILLS says how many processes are killed, half of them clients and half servers (20).
+//! RAIO_TEST_KILLS says how many processes are killed, half of them clients and half servers (12).
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -24,7 +24,7 @@ use rustix::process::Signal;
 const KIB: usize = 1 << 10;
 
 fn kills() -> usize {
-    raio_e2e::number("RAIO_TEST_KILLS", 20) / 2
+    raio_e2e::number("RAIO_TEST_KILLS", 12) / 2
 }
 
 /// Reads 300 pieces of the file, and finds them right.
