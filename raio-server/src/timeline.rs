@@ -36,13 +36,20 @@ impl Stage {
     }
 }
 
-/// The time of a request so far.
+/// How many stages are noted before they are added up.
+const MARKS: usize = 4;
+
+/// The time of a request so far. Its stages are noted as they come, and subtracted when somebody asks, which is
+/// seldom: most requests are quick.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeline {
-    /// When it has entered this stage.
-    since: Instant,
-    stage: Stage,
-    /// Microseconds in each stage before.
+    began: Instant,
+    /// The latest stages, and when it has entered each.
+    stages: [Stage; MARKS],
+    since: [Instant; MARKS],
+    /// Which of them it is at.
+    last: usize,
+    /// Microseconds in each stage before these.
     spent_us: [u32; Stage::ALL.len()],
 }
 
@@ -50,38 +57,46 @@ impl Timeline {
     /// Of a request that comes now.
     #[inline]
     pub fn new(now: Instant) -> Self {
-        Self { since: now, stage: Stage::NeedSlot, spent_us: [0; Stage::ALL.len()] }
+        let (stages, since) = ([Stage::NeedSlot; MARKS], [now; MARKS]);
+        Self { began: now, stages, since, last: 0, spent_us: [0; Stage::ALL.len()] }
     }
 
     /// It enters a stage.
     #[inline]
     pub fn enter(&mut self, stage: Stage, now: Instant) {
-        if now != self.since {
-            self.spend(now);
+        if now != self.since[self.last] {
+            if self.last + 1 == MARKS {
+                self.add_up(now);
+            } else {
+                self.last += 1;
+                self.since[self.last] = now;
+            }
         }
-        self.stage = stage;
+        self.stages[self.last] = stage;
     }
 
-    fn spend(&mut self, now: Instant) {
-        let us = now.saturating_duration_since(self.since).as_micros();
-        let spent = &mut self.spent_us[self.stage as usize];
-        *spent = spent.saturating_add(u32::try_from(us).unwrap_or(u32::MAX));
-        self.since = now;
+    /// Adds up what is noted. From now on it is at the latest stage.
+    #[cold]
+    fn add_up(&mut self, now: Instant) {
+        for at in 0..=self.last {
+            let end = if at < self.last { self.since[at + 1] } else { now };
+            let us = end.saturating_duration_since(self.since[at]).as_micros();
+            let spent = &mut self.spent_us[self.stages[at] as usize];
+            *spent = spent.saturating_add(u32::try_from(us).unwrap_or(u32::MAX));
+        }
+        (self.stages[0], self.since[0], self.last) = (self.stages[self.last], now, 0);
     }
 
     /// How long it was at each stage until now.
     pub fn at(mut self, now: Instant) -> [Duration; Stage::ALL.len()] {
-        self.spend(now);
+        self.add_up(now);
         self.spent_us.map(|us| Duration::from_micros(us.into()))
     }
 
     /// How long it has taken until now.
     #[inline]
-    pub fn total(mut self, now: Instant) -> Duration {
-        if now != self.since {
-            self.spend(now);
-        }
-        Duration::from_micros(self.spent_us.iter().map(|&us| u64::from(us)).sum())
+    pub fn total(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.began)
     }
 }
 
@@ -101,6 +116,13 @@ mod tests {
         let expected = [5, 0, 1 + 2, 0, 2].map(Duration::from_millis);
         assert_eq!(timeline.at(at(10)), expected);
         assert_eq!(timeline.total(at(10)), Duration::from_millis(10));
+        // However many there are.
+        for ms in 0..20 {
+            timeline.enter(if ms % 2 == 0 { Stage::Held } else { Stage::Executing }, at(10 + ms));
+        }
+        let expected = [5, 0, 1 + 2 + 10, 10, 2].map(Duration::from_millis);
+        assert_eq!(timeline.at(at(30)), expected);
+        assert_eq!(timeline.total(at(30)), Duration::from_millis(30));
         assert_eq!(Timeline::new(start).total(start), Duration::ZERO);
     }
 
