@@ -571,6 +571,8 @@ impl Server {
         });
         let (reload_sender, reloaded) = reactor::mailbox(reactor.waker());
         let hand_over = place.map(|place| HandOver::new(&mut reactor, HAND_OVER, place));
+        // Who is told that the server is ready may ask whether it is. Who connects is accepted in a moment.
+        observed.main.set_progress(Progress::Serving);
         Ok(Some(Self {
             reactor,
             listener,
@@ -615,7 +617,6 @@ impl Server {
             hand_over.start(&mut self.reactor);
         }
         self.await_expiry();
-        self.observed.main.set_progress(Progress::Serving);
         if self.http.is_some() {
             self.beat();
         }
