@@ -39,8 +39,8 @@ impl Stage {
 /// How many stages are noted before they are added up.
 const MARKS: usize = 4;
 
-/// The time of a request so far. Its stages are noted as they come, and subtracted when somebody asks, which is
-/// seldom: most requests are quick.
+/// The time of a request so far. Its stages are noted as they come, and subtracted when somebody asks, which
+/// is seldom: most requests are quick.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeline {
     began: Instant,
