@@ -146,24 +146,6 @@ struct WorkerHandle {
     cpu: Option<usize>,
     /// At the last check: connections that it had not taken, and its iterations.
     checked: (usize, u64),
-    /// The iterations that it had at a report, and since when.
-    seen: (u64, Instant),
-}
-
-impl WorkerHandle {
-    /// For how long it has finished no iteration, although it has something to do. It is asked at each
-    /// report, so the time is exact to the interval of these. `is_stuck`: connections that waited for it are
-    /// elsewhere.
-    fn stuck_for(&mut self, is_stuck: bool) -> Option<Duration> {
-        let WorkerSenders { connections, mailbox, .. } = &self.senders;
-        let has_mail = connections.waiting() > 0 || mailbox.waiting() > 0;
-        let iterations = self.counters.iterations.get();
-        if iterations != self.seen.0 || !(is_stuck || has_mail || !mailbox.is_receiver_asleep()) {
-            self.seen = (iterations, Instant::now());
-            return None;
-        }
-        Some(self.seen.1.elapsed()).filter(|&time| time >= STUCK_AFTER)
-    }
 }
 
 /// A worker has ended; if in good order, whether everything was answered.
@@ -972,7 +954,7 @@ impl Server {
     }
 
     /// What the server does, in a line for people.
-    fn status(&mut self) -> String {
+    fn status(&self) -> String {
         let count =
             |number: usize, thing: &str| format!("{number} {thing}{}", if number == 1 { "" } else { "s" });
         let sessions = count(self.shared.sessions.len(), "session");
@@ -981,8 +963,10 @@ impl Server {
         }
         let exports = count(self.shared.exports.current().all().len(), "export");
         let mut status = format!("Serving {exports} on {}; {sessions}", self.listener.urls());
-        for (at, worker) in self.workers.iter_mut().enumerate() {
-            if let Some(time) = worker.stuck_for(self.shared.placement.is_stuck(at)) {
+        let now = Instant::now();
+        self.observed.control.look(now);
+        for (at, stuck) in self.observed.control.stuck(now).into_iter().enumerate() {
+            if let Some(time) = stuck {
                 status += &format!("; worker {at} has been stuck for {} s", time.as_secs());
             }
         }
@@ -1324,7 +1308,6 @@ fn start_workers(
             counters,
             cpu: cpus.get(index).copied(),
             checked: (0, 0),
-            seen: (0, Instant::now()),
         });
         all_started.push(started);
     }

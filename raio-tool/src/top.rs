@@ -164,16 +164,9 @@ fn show(global: &Global, options: &Options, admin: Admin, interrupt: &Interrupt)
         ratatui::try_init().map_err(|error| Failure::io("Cannot set up the terminal", &error))?;
     let mut live = Live {
         screen: Screen {
-            shown: None,
-            view: options.view,
-            sort: options.sort,
-            is_reversed: false,
-            is_paused: false,
-            interval: options.interval,
-            lost: None,
-            first: 0,
             exact: global.bytes,
             has_colours: output::has_colours(),
+            ..Screen::new(options.view, options.sort, options.interval)
         },
         now: None,
         before: None,
@@ -309,18 +302,7 @@ mod tests {
     fn live() -> Live {
         let [before, now] = model::tests::samples();
         Live {
-            screen: Screen {
-                shown: None,
-                view: View::Sessions,
-                sort: None,
-                is_reversed: false,
-                is_paused: false,
-                interval: 1.0,
-                lost: None,
-                first: 0,
-                exact: false,
-                has_colours: false,
-            },
+            screen: Screen::new(View::Sessions, None, 1.0),
             now: Some(now),
             before: Some(before),
             lost_at: None,

@@ -100,11 +100,6 @@ impl<T> Sender<T> {
     pub fn waiting(&self) -> usize {
         self.queue.len()
     }
-
-    /// Whether the reactor is asleep, as far as can be told from outside.
-    pub fn is_receiver_asleep(&self) -> bool {
-        self.waker.0.flags.is_sleeping()
-    }
 }
 
 /// A reactor's mailbox. Look into it after every turn: a message is no event.

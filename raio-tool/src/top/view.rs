@@ -130,6 +130,22 @@ pub fn plain(summary: &Summary, table: &Table, exact: bool) -> String {
 }
 
 impl Screen {
+    /// One of which nothing is shown yet.
+    pub fn new(view: View, sort: Option<Sort>, interval: f64) -> Self {
+        Self {
+            shown: None,
+            view,
+            sort,
+            is_reversed: false,
+            is_paused: false,
+            interval,
+            lost: None,
+            first: 0,
+            exact: false,
+            has_colours: false,
+        }
+    }
+
     /// How many rows of the table there are.
     pub fn row_count(&self) -> usize {
         self.shown.as_ref().map_or(0, |(_, table)| table.rows.len())
@@ -216,18 +232,8 @@ mod tests {
     fn screen(view: View) -> Screen {
         let [before, now] = samples();
         let pair = Pair::new(&now, Some(&before));
-        Screen {
-            shown: Some((pair.summary(), pair.table(view))),
-            view,
-            sort: None,
-            is_reversed: false,
-            is_paused: false,
-            interval: 1.0,
-            lost: None,
-            first: 0,
-            exact: false,
-            has_colours: true,
-        }
+        let shown = Some((pair.summary(), pair.table(view)));
+        Screen { shown, has_colours: true, ..Screen::new(view, None, 1.0) }
     }
 
     /// What is on a terminal of this size, a line each.

@@ -49,11 +49,6 @@ impl Flags {
         true
     }
 
-    /// Whether the sleeper is asleep, or about to be or to wake: for observers, who may be late.
-    pub fn is_sleeping(&self) -> bool {
-        self.sleeping.load(Ordering::Relaxed)
-    }
-
     pub fn awake(&self) {
         self.sleeping.store(false, Ordering::Relaxed);
     }
