@@ -1,7 +1,7 @@
 //! What sessions do: what each worker counts for a session, and where its latest connection is from.
 //!
 //! The counters are those of [`crate::stats`]: a worker writes its own with plain loads and stores, for each
-//! session that has connections there, and whoever asks adds up what all workers have counted.
+//! session that has connections there, and a reader adds up the counters of all workers.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

@@ -192,7 +192,7 @@ pub(crate) struct Made {
     cores: usize,
     /// The memory that there is.
     available: MemoryLimit,
-    /// `--listen`, or what is in its place.
+    /// `--listen`, or its default.
     urls: Vec<String>,
     /// `--memory`.
     memory: Option<Size>,

@@ -55,7 +55,7 @@ impl NotDone {
     }
 }
 
-/// A worker, for whoever asks it something.
+/// What is needed to send a worker a question, and to read its counters.
 #[derive(Clone, Debug)]
 pub struct WorkerView {
     /// How to reach it.

@@ -588,8 +588,8 @@ impl ExportTable {
         }
     }
 
-    /// Those that are served now. What is opened by them may be of an export that has changed meanwhile:
-    /// whoever enters it checks [`Export::tenure`]. The lock is held for a few instructions.
+    /// The exports that are served now. An export may change while a file of it is opened: callers check
+    /// [`Export::tenure`]. The lock is held for a few instructions.
     pub fn current(&self) -> Arc<Exports> {
         Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
     }

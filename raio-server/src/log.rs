@@ -397,7 +397,7 @@ fn write_log(lines: Receiver<Message<Entry>>) {
             let report = Entry::plain(
                 Level::WARN,
                 "log-lines-lost",
-                &format!("{count} lines of the log were lost, for whoever reads it did not take them."),
+                &format!("{count} lines of the log were lost, because its reader was too slow."),
             );
             if sink().write(&report).is_ok() {
                 told = lost;

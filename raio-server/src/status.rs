@@ -1,7 +1,7 @@
 //! What the server tells about itself: statistics as JSON, the status page, and whether it serves.
 //!
-//! Nobody waits for whoever asks: it is all read from atomics, and from tables that are locked for a moment
-//! by whoever opens a session.
+//! No worker waits for a reader: the handlers read atomics, and tables whose locks are held for a few
+//! instructions.
 
 mod admin;
 mod metrics;
