@@ -1,6 +1,6 @@
 //! One directory of a tree that is made like another one.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -66,18 +66,24 @@ impl Hand<'_> {
             }
         }
         extra.extend(there);
-        if run.plan.deletes {
-            // Partial files of interrupted copies are kept, to be resumed.
-            let resumed = files.iter().filter(|(entry, _)| run.plan.has_journal(entry.size));
-            let partials: HashSet<_> = resumed
-                .map(|(entry, _)| partial_path(&run.access[1], &node.path().join(&entry.name)))
+        if run.plan.deletes && !extra.is_empty() {
+            // Partial files of interrupted copies. Large ones are kept, to be resumed.
+            let partials: HashMap<_, _> = files
+                .iter()
+                .map(|(entry, _)| (partial_path(&run.access[1], &node.path().join(&entry.name)), entry.size))
                 .collect();
             for other in extra {
                 let path = node.path().join(&other.name);
-                if !run.is_excluded(&path) && !partials.contains(&path) {
-                    let removed = self.unlock(node).and_then(|()| self.delete(node, path, &other));
-                    run.note(removed)?;
+                let of_size = partials.get(&path);
+                if run.is_excluded(&path) || of_size.is_some_and(|&size| run.plan.has_journal(size)) {
+                    continue;
                 }
+                let removed = self.unlock(node).and_then(|()| match of_size {
+                    // The copy creates it again, over any connection: this must be done before.
+                    Some(_) => self.remove(&path, &other).map(drop),
+                    None => self.delete(node, path, &other),
+                });
+                run.note(removed)?;
             }
         }
         let mut items = Vec::new();

@@ -349,6 +349,36 @@ fn a_copy_of_a_tree_that_is_killed_is_whole_after_a_second_run() {
 }
 
 #[test]
+fn a_sync_that_deletes_does_not_delete_the_partial_files_that_it_writes_itself() {
+    let site = Site::new();
+    fs::create_dir(site.here("a")).expect("a directory");
+    for number in 0..64 {
+        fs::write(site.here(&format!("a/{number}")), bytes((1 << 20) + 1)).expect("a file");
+    }
+    let proxy = Proxy::start(site.server.address());
+    proxy.treat(Treatment { delay: Duration::from_millis(20), ..Treatment::default() });
+    let partials = || {
+        let entries = fs::read_dir(site.there("b")).into_iter().flatten();
+        let names = entries.map(|entry| entry.expect("an entry").file_name());
+        names.filter(|name| name.as_bytes().windows(9).any(|part| part == b".partial-")).count()
+    };
+    let sync = |arguments: &[&str]| site.raio(&[&["sync", "--connections", "32"], arguments].concat());
+    let mut killed = sync(&["a", ":/e/b"]);
+    let mut killed = killed.env("RAIO_URL", proxy.url()).stderr(Stdio::null()).spawn().expect("raio starts");
+    let deadline = Instant::now() + PATIENCE;
+    while partials() < 16 {
+        let runs = killed.try_wait().expect("a child").is_none();
+        assert!(runs && Instant::now() < deadline, "no partial files");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    kill_process(Pid::from_child(&killed), Signal::KILL).expect("it is there, or a zombie");
+    killed.wait().expect("it ends");
+    let output = sync(&["--delete", "a", ":/e/b"]).output().expect("raio runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_same(&tree(&site.here("a"), true), &tree(&site.there("b"), true), "the copy");
+}
+
+#[test]
 fn failures_of_single_files_are_counted_and_the_others_go_on() {
     let site = Site::new();
     fs::create_dir_all(site.here("a/d")).expect("directories");
