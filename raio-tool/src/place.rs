@@ -186,6 +186,10 @@ pub fn has_become_shorter(source: &dyn Place, end: u64) -> Failure {
     Failure::new(format!("{name} has become shorter while it was read: it ends at {end}. Start again."))
 }
 
+/// The owner's permission to write. A partial file has it until it takes its destination's place: a copy that
+/// goes on opens it again.
+pub const OWNER_WRITES: u32 = 0o200;
+
 /// A file that is written beside its destination, and takes its place when it is whole.
 pub trait PartialFile: Send {
     /// The file.

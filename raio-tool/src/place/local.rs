@@ -13,11 +13,11 @@ use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{
-    Advice, FallocateFlags, FlockOperation, SeekFrom, Timestamps, fadvise, fallocate, fchmod, fchown, flock,
-    futimens, seek,
+    Advice, FallocateFlags, FlockOperation, Mode, SeekFrom, Timestamps, fadvise, fallocate, fchmod, fchown,
+    flock, futimens, seek,
 };
 
-use super::{Done, Facts, Io, Lane, PartialFile, Place, Sort};
+use super::{Done, Facts, Io, Lane, OWNER_WRITES, PartialFile, Place, Sort};
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
@@ -129,6 +129,15 @@ impl LocalFile {
         call(&self.file)
     }
 
+    /// A partial file is whole: its owner's permission to write goes, unless it is to have it.
+    pub fn end_writing(&self, mode: u32) -> io::Result<()> {
+        if mode & OWNER_WRITES != 0 {
+            return Ok(());
+        }
+        let now = self.file.metadata()?.mode();
+        Ok(fchmod(&*self.file, Mode::from_raw_mode(now & !OWNER_WRITES & 0o7777))?)
+    }
+
     fn failed(&self, what: &str, error: &io::Error) -> Failure {
         Failure::io(format!("Cannot {what} {}", self.name), error)
     }
@@ -212,7 +221,7 @@ impl Place for LocalFile {
             let owner = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
             fchown(&*self.file, Some(owner.0), Some(owner.1)).map_err(failed)?;
         }
-        fchmod(&*self.file, rustix::fs::Mode::from_raw_mode(facts.mode & 0o7777)).map_err(failed)?;
+        fchmod(&*self.file, Mode::from_raw_mode(facts.mode & 0o7777)).map_err(failed)?;
         let (accessed, modified) = facts.times_ns;
         let times = Timestamps { last_access: timespec(accessed), last_modification: timespec(modified) };
         futimens(&*self.file, &times).map_err(failed)
@@ -234,6 +243,8 @@ pub struct LocalPartial {
     file: LocalFile,
     path: PathBuf,
     destination: PathBuf,
+    /// The permissions that it is to have, less the umask. Its owner may write to it until it is published.
+    mode: u32,
     is_published: bool,
 }
 
@@ -247,8 +258,18 @@ impl LocalPartial {
             Failure::of(failure.kind(), format!("{failure} --inplace writes to the destination itself."))
         };
         let mut options = OpenOptions::new();
-        let options = options.read(true).write(true).create(true).truncate(false).mode(mode);
-        let file = options.custom_flags(libc::O_NOFOLLOW).open(&path).map_err(failed)?;
+        let options = options.read(true).write(true).create(true).truncate(false);
+        let options = options.mode(mode | OWNER_WRITES).custom_flags(libc::O_NOFOLLOW);
+        let opened = match options.open(&path) {
+            // A killed run had given it its last permissions already.
+            Err(error)
+                if error.kind() == io::ErrorKind::PermissionDenied && std::fs::remove_file(&path).is_ok() =>
+            {
+                options.open(&path)
+            }
+            opened => opened,
+        };
+        let file = opened.map_err(failed)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
             Failure::new(format!(
                 "Another raio cp writes to {}. Wait until it has ended, or stop it.",
@@ -259,6 +280,7 @@ impl LocalPartial {
             file: LocalFile::new(file, &path),
             path,
             destination: destination.to_owned(),
+            mode,
             is_published: false,
         })
     }
@@ -282,6 +304,7 @@ impl PartialFile for LocalPartial {
             let (from, to) = (self.path.display(), self.destination.display());
             Failure::io(format!("Cannot rename {from} to {to}"), &error)
         };
+        self.file.end_writing(self.mode).map_err(failed)?;
         std::fs::rename(&self.path, &self.destination).map_err(failed)?;
         self.is_published = true;
         if durable {

@@ -16,7 +16,7 @@ use raio_transport::address::Address;
 use raio_transport::sync::lock;
 
 use super::local::beside;
-use super::{Done, Facts, Io, Lane, PartialFile, Place, Sort};
+use super::{Done, Facts, Io, Lane, OWNER_WRITES, PartialFile, Place, Sort};
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::interrupt::Interrupt;
@@ -174,14 +174,18 @@ impl RemoteFile {
         let file = session
             .open(path, flags, mode)
             .map_err(|error| Failure::remote(format!("Cannot open {name}"), &error))?;
-        Ok(Self {
+        Ok(Self::new(session, path, name, file))
+    }
+
+    fn new(session: Arc<Session>, path: &Path, name: String, file: File) -> Self {
+        Self {
             session,
             file: Arc::new(file),
             path: path.to_owned(),
             name,
             caller: Mutex::default(),
             extents: Mutex::default(),
-        })
+        }
     }
 
     /// Its status as the server has it.
@@ -383,9 +387,6 @@ pub struct RemotePartial {
     is_published: bool,
 }
 
-/// The owner's permission to write.
-const OWNER_WRITES: u32 = 0o200;
-
 impl RemotePartial {
     /// Creates it, or opens the one that is there. Its name says what it is a copy of (`tag`), so that the
     /// same copy finds it again. `name` is what the user calls the destination.
@@ -398,8 +399,14 @@ impl RemotePartial {
     ) -> Result<Self, Failure> {
         let path = beside(destination, &format!(".partial-{tag}"));
         let flags = libc::O_RDWR | libc::O_CREAT | libc::O_NOFOLLOW;
-        // Its size is set by its path, which takes the permission to write.
-        let file = RemoteFile::open_in(session, &path, name, flags, mode | OWNER_WRITES)?;
+        let open = || session.open(&path, flags, mode | OWNER_WRITES);
+        let opened = match open() {
+            // A killed run had given it its last permissions already.
+            Err(error) if error.errno() == libc::EACCES && session.remove_file(&path).is_ok() => open(),
+            opened => opened,
+        };
+        let file = opened.map_err(|error| Failure::remote(format!("Cannot open {name}"), &error))?;
+        let file = RemoteFile::new(session, &path, name, file);
         Ok(Self { file, destination: destination.to_owned(), mode, is_published: false })
     }
 }

@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use super::{Access, Answer, Ended, New, Request, Tree, TreeEntry, partial_path};
 use crate::failure::Failure;
 use crate::location::Location;
-use crate::place::{LocalFile, PartialFile, Place, set_len, timespec, to_ns, write_sparsely};
+use crate::place::{LocalFile, OWNER_WRITES, PartialFile, Place, set_len, timespec, to_ns, write_sparsely};
 use crate::tuning::SMALL_FILE_BYTES;
 
 /// A directory of this machine.
@@ -115,8 +115,14 @@ impl LocalTree {
         let open = |this: &mut Self| {
             let (directory, name) = this.parent(&partial)?;
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let file = File::from(openat(directory, name, flags, mode_of(mode))?);
-            Ok((file, rustix::io::fcntl_dupfd_cloexec(directory, 3)?, name.to_owned()))
+            let open = || openat(directory, name, flags, mode_of(mode | OWNER_WRITES));
+            let file = match open() {
+                // A killed run had given it its last permissions already.
+                Err(Errno::ACCESS) if unlinkat(directory, name, AtFlags::empty()).is_ok() => open(),
+                opened => opened,
+            };
+            let directory = rustix::io::fcntl_dupfd_cloexec(directory, 3)?;
+            Ok((File::from(file?), directory, name.to_owned()))
         };
         let (file, directory, name) = open(self).map_err(|error| self.failed("create", &partial, error))?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
@@ -125,7 +131,7 @@ impl LocalTree {
         let destination = path.file_name().unwrap_or_default().to_owned();
         let display = self.location.join(path).to_string();
         let file = LocalFile::from_file(file, display.clone());
-        Ok(TreePartial { file, directory, name, destination, display, location, is_published: false })
+        Ok(TreePartial { file, directory, name, destination, display, location, mode, is_published: false })
     }
 
     /// Creates a file with these bytes, or replaces one, or a link.
@@ -359,6 +365,8 @@ struct TreePartial {
     destination: OsString,
     display: String,
     location: Location,
+    /// The permissions that it is to have, less the umask. Its owner may write to it until it is published.
+    mode: u32,
     is_published: bool,
 }
 
@@ -378,6 +386,8 @@ impl PartialFile for TreePartial {
     fn publish(&mut self, durable: bool) -> Result<(), Failure> {
         let directory = &self.directory;
         let failed = |error| Failure::io(format!("Cannot write {}", self.display), &io(error));
+        let ended = self.file.end_writing(self.mode);
+        ended.map_err(|error| Failure::io(format!("Cannot write {}", self.display), &error))?;
         renameat(directory, &self.name, directory, &self.destination).map_err(failed)?;
         self.is_published = true;
         if durable {

@@ -348,6 +348,32 @@ fn a_copy_of_a_tree_that_is_killed_is_whole_after_a_second_run() {
     }
 }
 
+/// The partial files in a directory.
+fn partials(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten();
+    let paths = entries.map(|entry| entry.expect("an entry").path());
+    let of_a_file = |path: &PathBuf| {
+        let name = path.as_os_str().as_bytes();
+        !name.ends_with(b".journal") && name.windows(9).any(|part| part == b".partial-")
+    };
+    paths.filter(of_a_file).collect()
+}
+
+/// Runs a copy over a long way, and kills it when there are this many partial files in a directory.
+fn kill_in_the_middle(proxy: &Proxy, mut command: Command, directory: &Path, count: usize) {
+    proxy.treat(Treatment { delay: Duration::from_millis(50), ..Treatment::default() });
+    let mut child = command.env("RAIO_URL", proxy.url()).stderr(Stdio::null()).spawn().expect("raio starts");
+    let deadline = Instant::now() + PATIENCE;
+    while partials(directory).len() < count {
+        let runs = child.try_wait().expect("a child").is_none();
+        assert!(runs && Instant::now() < deadline, "no partial files");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    kill_process(Pid::from_child(&child), Signal::KILL).expect("it is there, or a zombie");
+    child.wait().expect("it ends");
+    proxy.treat(Treatment::default());
+}
+
 #[test]
 fn a_sync_that_deletes_does_not_delete_the_partial_files_that_it_writes_itself() {
     let site = Site::new();
@@ -355,27 +381,56 @@ fn a_sync_that_deletes_does_not_delete_the_partial_files_that_it_writes_itself()
     for number in 0..64 {
         fs::write(site.here(&format!("a/{number}")), bytes((1 << 20) + 1)).expect("a file");
     }
+    let sync = ["sync", "--connections", "32", "a", ":/e/b"];
     let proxy = Proxy::start(site.server.address());
-    proxy.treat(Treatment { delay: Duration::from_millis(20), ..Treatment::default() });
-    let partials = || {
-        let entries = fs::read_dir(site.there("b")).into_iter().flatten();
-        let names = entries.map(|entry| entry.expect("an entry").file_name());
-        names.filter(|name| name.as_bytes().windows(9).any(|part| part == b".partial-")).count()
-    };
-    let sync = |arguments: &[&str]| site.raio(&[&["sync", "--connections", "32"], arguments].concat());
-    let mut killed = sync(&["a", ":/e/b"]);
-    let mut killed = killed.env("RAIO_URL", proxy.url()).stderr(Stdio::null()).spawn().expect("raio starts");
-    let deadline = Instant::now() + PATIENCE;
-    while partials() < 16 {
-        let runs = killed.try_wait().expect("a child").is_none();
-        assert!(runs && Instant::now() < deadline, "no partial files");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    kill_process(Pid::from_child(&killed), Signal::KILL).expect("it is there, or a zombie");
-    killed.wait().expect("it ends");
-    let output = sync(&["--delete", "a", ":/e/b"]).output().expect("raio runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    kill_in_the_middle(&proxy, site.raio(&sync), &site.there("b"), 16);
+    site.run(&[&sync[..], &["--delete"]].concat());
     assert_same(&tree(&site.here("a"), true), &tree(&site.there("b"), true), "the copy");
+}
+
+#[test]
+fn a_copy_of_read_only_files_that_is_killed_goes_on_without_privileges() {
+    for (arguments, source, copy, directory) in [
+        (&["sync", "a", ":/e/b"][..], "here/a", "there/b", "there/b"),
+        (&["sync", ":/e/a", "b"], "there/a", "here/b", "here/b"),
+        (&["cp", "a/0", ":/e/b"], "here/a", "there/b", "there"),
+        (&["cp", ":/e/a/0", "b"], "there/a", "here/b", "here"),
+    ] {
+        let site = Site::new();
+        let path = |name: &str| match name.split_once('/').unwrap_or((name, "")) {
+            ("here", name) => site.here(name),
+            (_, name) => site.there(name),
+        };
+        fs::create_dir(path(source)).expect("a directory");
+        for number in 0..4 {
+            let file = path(source).join(number.to_string());
+            fs::write(&file, bytes(24 << 20)).expect("a file");
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o444)).expect("it is ours");
+        }
+        let proxy = Proxy::start(site.server.address());
+        kill_in_the_middle(&proxy, site.raio(arguments), &path(directory), 1);
+        for partial in partials(&path(directory)) {
+            let mode = fs::metadata(&partial).expect("it is there").mode();
+            assert_eq!(mode & 0o700, 0o600, "{arguments:?} can go on");
+            // Just before it is renamed it has them.
+            fs::set_permissions(&partial, fs::Permissions::from_mode(0o444)).expect("it is ours");
+        }
+        // Root may write to all files with this capability.
+        let mut command = Command::new("setpriv");
+        command.args(["--bounding-set=-dac_override", "--inh-caps=-dac_override"]);
+        let raio = site.raio(arguments);
+        command.arg(raio.get_program()).args(raio.get_args());
+        command.current_dir(raio.get_current_dir().expect("the site's"));
+        command.envs(raio.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let output = command.env("RAIO_URL", proxy.url()).output().expect("setpriv runs");
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let whole = path(copy);
+        let whole = if whole.is_dir() { whole.join("0") } else { whole };
+        let same = fs::read(&whole).expect("a file") == fs::read(path(source).join("0")).expect("a file");
+        let mode = fs::metadata(&whole).expect("a file").mode();
+        assert!(same && mode & 0o777 == 0o444, "{arguments:?}: {mode:o}");
+        assert_eq!(partials(&path(directory)), [] as [PathBuf; 0], "{arguments:?}");
+    }
 }
 
 #[test]
