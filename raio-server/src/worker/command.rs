@@ -186,7 +186,8 @@ impl Worker {
         response: Response,
     ) {
         let arrived = self.arrived(opcode);
-        self.respond_on(Some(export), name, opcode, arrived, response);
+        let connection = self.connections.key(name.connection);
+        self.respond_on((connection, Some(export)), name, opcode, arrived, response);
     }
 
     /// Counts one more request of a connection's session and address, or answers it: they have as many as

@@ -240,8 +240,7 @@ impl Worker {
         }
         self.held.push((request, slot));
         let now = self.reactor.clock().now();
-        self.requests[request].timeline.enter(Stage::Held, now);
-        if self.requests.enter(request, State::NeedSlot) == State::Fetching {
+        if self.requests.enter(request, (State::NeedSlot, Stage::Held), now) == State::Fetching {
             self.admission.set_fetching(self.requests[request].export, false);
         }
         self.promise_life_sign();

@@ -68,8 +68,7 @@ impl Worker {
             }
         };
         // It may have executed: the next piece waits.
-        self.requests.enter(request, State::NeedSlot);
-        self.requests[request].timeline.enter(Stage::Throttled, now);
+        self.requests.enter(request, (State::NeedSlot, Stage::Throttled), now);
         self.counters.throttled(whose, self.requests[request].work.export());
         self.promise_life_sign();
         self.await_throttled(until);
@@ -472,13 +471,10 @@ impl Worker {
     }
 
     fn enter(&mut self, key: usize, state: State) {
-        let before = self.requests.enter(key, state);
         let stage = if state == State::Fetching { Stage::Fetching } else { Stage::Executing };
-        let now = self.reactor.clock().now();
-        self.requests[key].timeline.enter(stage, now);
+        let before = self.requests.enter(key, (state, stage), self.reactor.clock().now());
         if self.tracer.is_on() {
-            let name = if state == State::Fetching { "fetching" } else { "executing" };
-            self.trace(self.requests[key].key, Phase::Point, name, 0);
+            self.trace(self.requests[key].key, Phase::Point, stage.name(), 0);
         }
         if before == State::Fetching || state == State::Fetching {
             self.admission.set_fetching(self.requests[key].export, state == State::Fetching);
@@ -516,7 +512,7 @@ impl Worker {
         let export = request.work.export();
         self.end_request(key);
         let was_cancelled = response.status.errno == libc::ECANCELED;
-        self.respond_on(export, name, opcode, arrived, response);
+        self.respond_on((Some(connection), export), name, opcode, arrived, response);
         if let Some(cancel_request) = cancel_request {
             let (cancel_request, arrived) = *cancel_request;
             let response = if was_cancelled {
@@ -550,20 +546,20 @@ impl Worker {
         response: Response,
     ) {
         self.count_for_export(opcode, None, Direction::None, response.status, 0);
-        self.respond_on(None, name, opcode, arrived, response);
+        let connection = self.connections.key(name.connection);
+        self.respond_on((connection, None), name, opcode, arrived, response);
     }
 
-    /// Answers a request that was counted, on an export if it is on one.
+    /// Answers a request that was counted: of a connection if that is open, on an export if it is on one.
     pub(super) fn respond_on(
         &mut self,
-        export: Option<usize>,
+        (connection, export): (Option<usize>, Option<usize>),
         name: RequestKey,
         opcode: Opcode,
         arrived: Option<Instant>,
         response: Response,
     ) {
         self.count_response(opcode, response.status);
-        let connection = self.connections.key(name.connection);
         if let Some(arrived) = arrived {
             let now = self.reactor.clock().now();
             self.latencies.answered((opcode, export), arrived, now, &self.counters);

@@ -9,7 +9,7 @@ use raio_transport::protocol::Opcode;
 use raio_transport::transport::RequestKey;
 
 use crate::request::{Request, State, Work, WorkerFile};
-use crate::timeline::Timeline;
+use crate::timeline::{Stage, Timeline};
 
 /// See the module documentation. A request's key is its index here, which is also its key at the engine.
 #[derive(Debug, Default)]
@@ -75,9 +75,11 @@ impl Requests {
         request
     }
 
-    /// A request enters a state. Returns the one that it leaves.
-    pub fn enter(&mut self, request: usize, state: State) -> State {
-        let before = std::mem::replace(&mut self[request].state, state);
+    /// A request enters a state, and with it a stage. Returns the state that it leaves.
+    pub fn enter(&mut self, request: usize, (state, stage): (State, Stage), now: Instant) -> State {
+        let request = &mut self[request];
+        request.timeline.enter(stage, now);
+        let before = std::mem::replace(&mut request.state, state);
         self.in_state[before as usize] -= 1;
         self.in_state[state as usize] += 1;
         before
@@ -200,6 +202,9 @@ mod tests {
         RequestKey { connection: ConnectionId { transport: 0, index: 0, generation: 0 }, id }
     }
 
+    const FETCHING: (State, Stage) = (State::Fetching, Stage::Fetching);
+    const EXECUTING: (State, Stage) = (State::Executing, Stage::Executing);
+
     fn begin(requests: &mut Requests, connection: usize, id: u64) -> usize {
         requests.begin(connection, (key(id), Opcode::Close, None), Instant::now(), Work::Close, None)
     }
@@ -213,10 +218,10 @@ mod tests {
         let mut requests = Requests::default();
         let [write, read, other] = [1, 2, 3].map(|id| begin(&mut requests, 0, id));
         assert_eq!(in_states(&requests), [3, 0, 0]);
-        assert_eq!(requests.enter(write, State::Fetching), State::NeedSlot);
-        assert_eq!(requests.enter(read, State::Executing), State::NeedSlot);
+        assert_eq!(requests.enter(write, FETCHING, Instant::now()), State::NeedSlot);
+        assert_eq!(requests.enter(read, EXECUTING, Instant::now()), State::NeedSlot);
         assert_eq!(in_states(&requests), [1, 1, 1]);
-        assert_eq!(requests.enter(write, State::Executing), State::Fetching);
+        assert_eq!(requests.enter(write, EXECUTING, Instant::now()), State::Fetching);
         for request in [write, read, other] {
             requests.end(request);
         }
@@ -250,7 +255,7 @@ mod tests {
     fn a_request_outlives_its_connection_and_is_none_of_the_next() {
         let mut requests = Requests::default();
         let request = begin(&mut requests, 0, 1);
-        requests.enter(request, State::Executing);
+        requests.enter(request, EXECUTING, Instant::now());
         requests.detach(request);
         assert_eq!(requests.oldest(0), None);
         let next = begin(&mut requests, 0, 1);
@@ -266,9 +271,9 @@ mod tests {
         assert!(!requests[request].is_cancelled);
         assert_eq!(requests.cancel(request), Cancel::NotBegun);
         assert!(requests[request].is_cancelled);
-        requests.enter(request, State::Fetching);
+        requests.enter(request, FETCHING, Instant::now());
         assert_eq!(requests.cancel(request), Cancel::WhenFetched);
-        requests.enter(request, State::Executing);
+        requests.enter(request, EXECUTING, Instant::now());
         assert_eq!(requests.cancel(request), Cancel::Executing);
     }
 }
