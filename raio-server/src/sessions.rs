@@ -434,6 +434,11 @@ impl Sessions {
         self.count.load(Ordering::Relaxed)
     }
 
+    /// How many there may be.
+    pub fn max(&self) -> usize {
+        self.sessions_max.load(Ordering::Relaxed)
+    }
+
     /// Whether their requests are counted.
     pub fn count_requests(&self) -> bool {
         self.limits.counts_requests()

@@ -187,7 +187,7 @@ fn check(metrics: &str) {
 
 #[test]
 fn metrics_count_what_was_done() {
-    let observed = Observed::start(&[]);
+    let observed = Observed::start(&["--max-sessions", "321"]);
     let session = observed.connect();
     work(&session, "/m", true, 40, 4096);
     work(&session, "/d/file", false, 50, 1000);
@@ -206,6 +206,7 @@ fn metrics_count_what_was_done() {
         ("raio_read_bytes_total{export=\"d\"}", 50_000.0),
         ("raio_request_errors_total{op=\"open\",errno=\"ENOENT\"}", 1.0),
         ("raio_sessions", 1.0),
+        ("raio_sessions_max", 321.0),
         ("raio_config_generation", 1.0),
         ("raio_config_last_reload_success", 1.0),
         ("raio_connection_closes_total{reason=\"stalled\"}", 0.0),

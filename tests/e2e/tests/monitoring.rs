@@ -1,15 +1,20 @@
-//! The dashboard and the alerts of `contrib/`: their expressions are valid, and use metrics and labels that a
-//! server has.
+//! The dashboard and the alerts of `contrib/`: their expressions use metrics and labels of a server, and a
+//! real Prometheus computes each of them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
-use raio_e2e::{Client, Site, binary};
+use raio_e2e::{Client, PATIENCE, Site, await_log, binary};
+use rustix::process::Signal;
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 fn contrib(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../contrib").join(name)
@@ -139,45 +144,141 @@ fn exposed(scrape: &str) -> BTreeMap<String, BTreeSet<String>> {
     metrics
 }
 
-/// What a server with clients, an audit log and errors exposes.
-fn scrape() -> String {
-    let client = Client::new();
-    let data = tempfile::tempdir().expect("a directory");
-    let path = |name: &str| data.path().join(name).to_str().expect("UTF-8").to_owned();
-    fs::create_dir(path("export")).expect("a directory");
-    let (admin, audit) = (path("admin"), path("audit"));
-    let site = Site::open_to_users(
-        &client.entry("tester", "exports = { data = 'rw' }"),
-        &data.path().join("export"),
-        &["--admin", &admin, "--audit", &audit],
-        None,
-    );
-    client.trust(&site);
-    let raio = |arguments: &[&str], code: i32| {
+/// A server with clients, an audit log and errors.
+struct Observed {
+    site: Site,
+    client: Client,
+    data: TempDir,
+    /// Where it serves metrics.
+    http: String,
+}
+
+impl Observed {
+    fn start() -> Self {
+        let client = Client::new();
+        let data = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| data.path().join(name).to_str().expect("UTF-8").to_owned();
+        fs::create_dir(path("export")).expect("a directory");
+        fs::write(path("file"), vec![1; 3 << 20]).expect("a file");
+        fs::write(path("token"), "letmein-letmein-letmein\n").expect("a file");
+        fs::set_permissions(path("token"), fs::Permissions::from_mode(0o600)).expect("it is ours");
+        let (admin, audit, token) = (path("admin"), path("audit"), path("token"));
+        let site = Site::open_to_users(
+            &client.entry("tester", "exports = { data = 'rw' }"),
+            &data.path().join("export"),
+            &["--admin", &admin, "--audit", &audit, "--http", "127.0.0.1:0", "--http-token", &token],
+            Some(File::create(path("log")).expect("a log")),
+        );
+        client.trust(&site);
+        let log = await_log(&data.path().join("log"), "status page are at http://");
+        let http = log.split("http://").nth(1).and_then(|rest| rest.split('/').next()).expect("an address");
+        let observed = Self { site, client, http: http.to_owned(), data };
+        observed.work();
+        observed
+    }
+
+    fn raio(&self, arguments: &[&str], code: i32) {
         let mut command = Command::new(binary("raio"));
-        command.args(arguments).arg("--keys").arg(client.keys.path()).env("RAIO_URL", site.server.url());
-        let out = command.current_dir(data.path()).output().expect("raio runs");
+        command.args(arguments).arg("--keys").arg(self.client.keys.path());
+        command.env("RAIO_URL", self.site.server.url()).current_dir(self.data.path());
+        let out = command.output().expect("raio runs");
         assert_eq!(out.status.code(), Some(code), "{}", String::from_utf8_lossy(&out.stderr));
-    };
-    fs::write(path("file"), vec![1; 3 << 20]).expect("a file");
-    raio(&["cp", "file", ":/data/file"], 0);
-    raio(&["cp", ":/data/file", "back"], 0);
-    raio(&["stat", ":/data/missing"], 3);
-    let mut stream = UnixStream::connect(&admin).expect("an admin socket");
-    stream
-        .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        .expect("a request");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("an answer");
-    let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
-    assert!(head.starts_with("HTTP/1.1 200 "), "{answer}");
+    }
+
+    /// Reads, writes, something that fails, and a reload.
+    fn work(&self) {
+        self.site.server.signal(Signal::HUP);
+        self.raio(&["cp", "file", ":/data/file"], 0);
+        self.raio(&["cp", ":/data/file", "back"], 0);
+        self.raio(&["stat", ":/data/missing"], 3);
+    }
+
+    /// What it exposes to the administrator.
+    fn scrape(&self) -> String {
+        let mut stream = UnixStream::connect(self.data.path().join("admin")).expect("an admin socket");
+        stream
+            .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            .expect("a request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        body(&answer).to_owned()
+    }
+}
+
+/// The body of a response that has succeeded.
+fn body(response: &str) -> &str {
+    let (head, body) = response.split_once("\r\n\r\n").expect("a head");
+    assert!(head.starts_with("HTTP/1.1 200 "), "{response}");
     assert!(!head.to_ascii_lowercase().contains("transfer-encoding"), "this test knows no chunks: {head}");
-    body.to_owned()
+    body
+}
+
+/// A Prometheus that scrapes a server.
+struct Prometheus {
+    child: Child,
+    address: String,
+    _directory: TempDir,
+}
+
+impl Prometheus {
+    fn start(observed: &Observed) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = |name: &str| directory.path().join(name);
+        let configuration = json!({
+            "global": { "scrape_interval": "500ms", "evaluation_interval": "500ms" },
+            "rule_files": [contrib("prometheus/raio.rules.yml").canonicalize().expect("a file")],
+            "scrape_configs": [{
+                "job_name": "raio",
+                "authorization": { "credentials_file": observed.data.path().join("token") },
+                "static_configs": [{ "targets": [observed.http] }],
+            }],
+        });
+        // JSON is YAML.
+        fs::write(path("prometheus.yml"), configuration.to_string()).expect("a file");
+        let mut command = Command::new("prometheus");
+        command.arg(format!("--config.file={}", path("prometheus.yml").display()));
+        command.arg(format!("--storage.tsdb.path={}", path("data").display()));
+        command.args(["--web.listen-address=127.0.0.1:0", "--log.format=json"]);
+        let log = File::create(path("log")).expect("a log");
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let child = command.spawn().expect("prometheus runs");
+        let log = await_log(&path("log"), r#""msg":"Listening on","#);
+        let line = log.lines().find(|line| line.contains("Listening on")).expect("it was found");
+        let line: Value = serde_json::from_str(line).expect("JSON");
+        let address = line["address"].as_str().expect("an address").to_owned();
+        Self { child, address, _directory: directory }
+    }
+
+    /// What it answers to a request of its HTTP API.
+    fn get(&self, target: &str) -> Value {
+        let mut stream = TcpStream::connect(&self.address).expect("it listens");
+        // HTTP/1.0 has no chunks.
+        stream.write_all(format!("GET /api/v1/{target} HTTP/1.0\r\n\r\n").as_bytes()).expect("a request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        let (_, body) = answer.split_once("\r\n\r\n").expect("a head");
+        serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {answer}"))
+    }
+
+    /// What an expression is now: a value for each set of labels.
+    fn query(&self, expression: &str) -> Vec<Value> {
+        let encoded: String = expression.bytes().map(|byte| format!("%{byte:02X}")).collect();
+        let answer = self.get(&format!("query?query={encoded}"));
+        assert_eq!(answer["status"], "success", "{expression}: {answer}");
+        answer["data"]["result"].as_array().unwrap_or_else(|| panic!("{answer}")).clone()
+    }
+}
+
+impl Drop for Prometheus {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 #[test]
 fn the_dashboard_and_the_alerts_use_what_a_server_exposes() {
-    let scrape = scrape();
+    let scrape = Observed::start().scrape();
     let mut exposed = exposed(&scrape);
     exposed.insert("up".into(), BTreeSet::new());
     // Prometheus adds these.
@@ -194,6 +295,33 @@ fn the_dashboard_and_the_alerts_use_what_a_server_exposes() {
     }
     if is_there("promtool") {
         promtool(&["check", "metrics"], &scrape);
+    }
+}
+
+#[test]
+fn prometheus_computes_each_expression_of_the_dashboard_and_no_alert_fires() {
+    if !is_there("prometheus") {
+        return;
+    }
+    let observed = Observed::start();
+    let prometheus = Prometheus::start(&observed);
+    let deadline = Instant::now() + 3 * PATIENCE;
+    // A rate takes two scrapes, with something in between. What nobody has done has none.
+    let mut missing = dashboard();
+    while !missing.is_empty() {
+        assert!(Instant::now() < deadline, "Prometheus has no value of {missing:#?}");
+        observed.work();
+        missing.retain(|expression| prometheus.query(expression).is_empty());
+    }
+    let rules = prometheus.get("rules");
+    let rules = rules["data"]["groups"].as_array().expect("groups").iter();
+    let rules: Vec<_> = rules.flat_map(|group| group["rules"].as_array().expect("rules")).collect();
+    assert_eq!(rules.len(), alerts().len());
+    for rule in rules {
+        assert_eq!((&rule["health"], &rule["state"]), (&"ok".into(), &"inactive".into()), "{rule}");
+    }
+    for alert in alerts() {
+        assert_eq!(prometheus.query(&alert), [] as [Value; 0], "{alert}");
     }
 }
 
