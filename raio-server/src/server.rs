@@ -1306,7 +1306,7 @@ fn start_workers(
         workers.push(WorkerHandle {
             senders: started.senders.clone(),
             counters,
-            cpu: cpus.get(index).copied(),
+            cpu: started.pinned.and_then(Result::ok),
             checked: (0, 0),
         });
         all_started.push(started);
@@ -1340,6 +1340,13 @@ fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
              `ulimit -l`, or LimitMEMLOCK= in the unit.",
             arena = config.arena_bytes >> 20,
             workers = config.workers
+        );
+    }
+    if let Some(error) = started.iter().find_map(|worker| worker.pinned?.err()) {
+        tracing::info!(
+            name: "workers-not-pinned",
+            "The workers are not pinned to processors: {error}. The kernel may move them. \
+             SystemCallFilter=sched_setaffinity in the unit allows it."
         );
     }
     if let Some(error) = started.iter().find_map(|worker| worker.no_rdma.as_ref()) {

@@ -396,6 +396,8 @@ enum Quirk {
 pub struct Started {
     /// Where to reach it.
     pub senders: WorkerSenders,
+    /// The processor that it is pinned to, or why it is not; None if it was not to be.
+    pub pinned: Option<Result<usize, rustix::io::Errno>>,
     /// Why it has no io_uring.
     pub fallback: Option<String>,
     /// Why its arena could not be registered with the ring.
@@ -468,11 +470,11 @@ impl Worker {
         } else {
             Box::new(Threads::new(&reactor))
         };
-        if let Some(cpu) = cpu {
+        let pinned = cpu.map(|cpu| {
             let mut set = rustix::thread::CpuSet::new();
             set.set(cpu);
-            let _ = rustix::thread::sched_setaffinity(None, &set);
-        }
+            rustix::thread::sched_setaffinity(None, &set).map(|()| cpu)
+        });
         let mut no_rdma = None;
         let mut rdma = None;
         if rdma::unavailable().is_none() {
@@ -501,6 +503,7 @@ impl Worker {
         let (connections, incoming) = reactor::mailbox(reactor.waker());
         let started = Started {
             senders: WorkerSenders { mailbox, connections },
+            pinned,
             fallback,
             unregistered,
             no_rdma,
