@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
@@ -138,8 +138,9 @@ impl Reloader {
         let clients = self.shared.keys.as_ref().map(|keys| keys.read_again(kinds(&plan.exports)));
         let clients = clients.transpose()?;
         self.claim(&running, &new, &mut plan)?;
-
         let mut texts = std::mem::take(&mut plan.texts);
+        texts.extend(self.hand_out_claim(&plan)?);
+
         texts.extend(describe_settings(&old, &new));
         self.apply_settings(&old, &new, limits);
         let over = std::mem::take(&mut plan.over);
@@ -312,12 +313,40 @@ impl Reloader {
         log::set_level(new.log);
     }
 
-    fn apply_exports(&self, plan: &ExportPlan) {
-        if let Some(lock) = &plan.lock {
-            let mut claims = raio_transport::sync::lock(&self.shared.claims);
-            claims.push(Arc::clone(lock));
-            self.tell(|| Mail::Claim(claims.clone()));
+    /// Gives what is newly claimed to the workers' rings, before any of them can begin something there.
+    /// Returns what the administrator should know.
+    fn hand_out_claim(&self, plan: &ExportPlan) -> anyhow::Result<Option<String>> {
+        let Some(new) = &plan.lock else { return Ok(None) };
+        let mut claims = lock(&self.shared.claims);
+        claims.push(Arc::clone(new));
+        let taken = self.tell_claims(&claims);
+        let deadline = Instant::now() + CLOSE_TIMEOUT;
+        let mut has_room = true;
+        for _ in self.shared.workers.get().into_iter().flatten() {
+            let Ok(of_one) = taken.recv_timeout(deadline.saturating_duration_since(Instant::now())) else {
+                claims.pop();
+                self.tell_claims(&claims);
+                bail!(
+                    "A worker does not react within {CLOSE_TIMEOUT:?}. `raio admin workers` says which, and \
+                     why."
+                );
+            };
+            has_room &= of_one;
         }
+        let text = "The limit on open files leaves no room for a ring's table of files, so if this server is \
+                    killed, the next one does not wait for its requests in flight. Raise it with \
+                    `ulimit -n`, or LimitNOFILE= in the unit.";
+        Ok((!has_room).then(|| text.to_owned()))
+    }
+
+    /// Has the workers' rings hold these and no others. Returns what gets an answer of each worker.
+    fn tell_claims(&self, claims: &[Arc<OwnedFd>]) -> mpsc::Receiver<bool> {
+        let (sender, taken) = mpsc::channel();
+        self.tell(|| Mail::Claim(claims.to_vec(), sender.clone()));
+        taken
+    }
+
+    fn apply_exports(&self, plan: &ExportPlan) {
         let now = Instant::now();
         for export in &plan.changed {
             self.counters.iter().for_each(|counters| counters.exports.prepare(export.place()));
@@ -364,7 +393,7 @@ impl Reloader {
         if let Some(new) = plan.lock.as_ref().filter(|_| are_closed) {
             let mut claims = lock(&self.shared.claims);
             *claims = vec![Arc::clone(new)];
-            self.tell(|| Mail::Claim(claims.clone()));
+            self.tell_claims(&claims);
         }
     }
 }

@@ -46,7 +46,7 @@ mod tracer;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -299,8 +299,9 @@ pub enum Mail {
     Wake,
     /// Exports are over: leave them.
     Leave,
-    /// Have these in the ring's table of files, and no others: see [`crate::claim`].
-    Claim(Vec<Arc<OwnedFd>>),
+    /// Have these in the ring's table of files, and no others: see [`crate::claim`]. Tells whether there was
+    /// room for all.
+    Claim(Vec<Arc<OwnedFd>>, mpsc::Sender<bool>),
     /// Have these settings from now on.
     Set(Settings),
     /// Hand over what was traced since the last time.
@@ -678,8 +679,11 @@ impl Worker {
                 }
                 Mail::Wake => {}
                 Mail::Leave => self.leave_exports(),
-                Mail::Claim(claims) => {
+                Mail::Claim(claims, taken) => {
                     self.claims = claims.into_iter().map(|claim| self.reactor.file(claim)).collect();
+                    let has_room =
+                        !self.reactor.has_ring() || self.claims.iter().all(reactor::File::is_registered);
+                    let _ = taken.send(has_room);
                 }
                 Mail::Set(settings) => {
                     self.reactor.set_spin(settings.spin);
