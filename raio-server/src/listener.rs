@@ -354,8 +354,11 @@ pub fn bind_http(
                 let bound = when_free("--admin", || tcp::listen(endpoint.clone()));
                 rustix::process::umask(before);
                 let socket = bound?.0;
-                std::os::unix::fs::chown(path, owner, None)
-                    .with_context(|| format!("Cannot give {} to the server's user", path.display()))?;
+                // The unit denies the call to a server that has its user from the start.
+                if owner.is_some() {
+                    std::os::unix::fs::chown(path, owner, None)
+                        .with_context(|| format!("Cannot give {} to the server's user", path.display()))?;
+                }
                 Arc::new(socket)
             }
         };
