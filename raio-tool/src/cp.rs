@@ -28,6 +28,12 @@ use crate::progress::{Progress, Style};
 use crate::transfer::Settings;
 use crate::tuning::{DEPTH, JOURNAL_FROM_BYTES, SMALL_FILE_BYTES};
 
+// Headings of the help.
+const DIRECTORIES: &str = "Options for directories";
+const SAFETY: &str = "Options for safety";
+const ZEROS: &str = "Options for zeros and holes";
+const SPEED: &str = "Options for speed";
+
 /// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
@@ -38,50 +44,52 @@ pub struct Options {
     #[arg(short, long)]
     recursive: bool,
     /// With -r, copy the targets of symbolic links, rather than the links
-    #[arg(short = 'L', long, requires = "recursive")]
+    #[arg(short = 'L', long, requires = "recursive", help_heading = DIRECTORIES)]
     dereference: bool,
     /// With -r, leave out what matches this pattern
     #[arg(long, value_name = "PATTERN", value_parser = Pattern::parse, requires = "recursive")]
+    #[arg(help_heading = DIRECTORIES)]
     exclude: Vec<Pattern>,
     /// With -r, stop at the first error, rather than continue with the other files
-    #[arg(long, requires = "recursive")]
+    #[arg(long, requires = "recursive", help_heading = DIRECTORIES)]
     fail_fast: bool,
     /// Resume an interrupted copy. Blocks already at the destination are verified by checksum first. With
     /// -r, files of the same size and modification time are skipped, and --preserve is implied
-    #[arg(long)]
+    #[arg(long, help_heading = SAFETY)]
     resume: bool,
     /// Read the destination again, from the disk where that is possible, and compare
-    #[arg(long)]
+    #[arg(long, help_heading = SAFETY)]
     verify: bool,
     /// Flush the copy to stable storage (fsync) before it is renamed into place
-    #[arg(long)]
+    #[arg(long, help_heading = SAFETY)]
     fsync: bool,
     /// Give the copy the permissions, the times and, as root, the owner of the source; to a server and with
     /// -r, permissions and the modification time
-    #[arg(long)]
+    #[arg(long, help_heading = SAFETY)]
     preserve: bool,
     /// Write to the destination itself, rather than to a file beside it
-    #[arg(long)]
+    #[arg(long, help_heading = SAFETY)]
     inplace: bool,
     /// The destination reads as zeros: write none
-    #[arg(long)]
+    #[arg(long, help_heading = ZEROS)]
     destination_is_zero: bool,
     /// Write zeros and holes as they are
-    #[arg(long, conflicts_with = "destination_is_zero")]
+    #[arg(long, conflicts_with = "destination_is_zero", help_heading = ZEROS)]
     no_sparse: bool,
     /// At most this number of bytes per second
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, help_heading = SPEED)]
     bwlimit: Option<u64>,
     /// Connections to each server; with -r, threads, each with connections of its own [default: 1 for small
     /// files, up to 4 for large ones, 8 with -r]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(help_heading = SPEED)]
     connections: Option<u16>,
     /// Reads and writes in flight on each connection
     #[arg(long, value_name = "NUMBER", default_value_t = DEPTH as u16)]
-    #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=1024), help_heading = SPEED)]
     depth: u16,
     /// Length of each read and write, a multiple of 4k
-    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = block_size)]
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = block_size, help_heading = SPEED)]
     block_size: u64,
     /// How progress is shown, on standard error
     #[arg(long, value_enum, default_value_t, value_name = "STYLE")]

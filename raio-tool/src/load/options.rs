@@ -13,6 +13,10 @@ use super::content::WORD_BYTES;
 use super::tuning::{DEPTH_MAX, IO_BYTES_MAX, LOOPBACK_SOURCES, OPEN_TIMEOUT, SESSIONS_MAX};
 use crate::global::Global;
 
+// Headings of the help.
+const SESSIONS: &str = "Options for sessions";
+const REQUESTS: &str = "Options for reads and writes";
+
 /// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
@@ -21,35 +25,36 @@ pub struct Options {
     /// The file that each session opens, /EXPORT/path/beneath/it
     path: String,
     /// How many sessions
-    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, help_heading = SESSIONS)]
     sessions: usize,
     /// Open this number a second, evenly; 0: as fast as it goes
-    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 0, help_heading = SESSIONS)]
     rate: u32,
     /// Connect from this address; repeatable: in turn [default: the system's choice, or many of 127.0.0.0/8
     /// if the server is there]
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", help_heading = SESSIONS)]
     source: Vec<IpAddr>,
     /// Use the file's first SIZE bytes [default: all]
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, help_heading = REQUESTS)]
     size: Option<u64>,
     /// Before all else make the file, or write its first --size bytes, so that --verify knows what they are
-    #[arg(long)]
+    #[arg(long, help_heading = REQUESTS)]
     fill: bool,
     /// Length of each read and write
     #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = size::parse)]
+    #[arg(help_heading = REQUESTS)]
     io_size: u64,
     /// Which reads and writes; rw and randrw are half of each
-    #[arg(long, value_enum, default_value_t = Pattern::Randread)]
+    #[arg(long, value_enum, default_value_t = Pattern::Randread, help_heading = REQUESTS)]
     pattern: Pattern,
     /// Requests that a session has in flight
-    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, help_heading = REQUESTS)]
     depth: u32,
     /// Requests that all sessions together have in flight, at most
-    #[arg(long, value_name = "NUMBER", default_value_t = 1024)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 1024, help_heading = REQUESTS)]
     in_flight: usize,
     /// How many of the sessions have work; the others are open and idle
-    #[arg(long, value_name = "PERCENT", default_value_t = 100.0)]
+    #[arg(long, value_name = "PERCENT", default_value_t = 100.0, help_heading = SESSIONS)]
     active: f64,
     /// For how long
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, conflicts_with = "rounds")]
@@ -58,16 +63,16 @@ pub struct Options {
     #[arg(long, value_name = "NUMBER")]
     rounds: Option<u64>,
     /// Let sessions whose connection is lost try this long to go on; 0: they are lost
-    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0, help_heading = SESSIONS)]
     reconnect: f64,
     /// Check every byte that is read, and write what is there already
-    #[arg(long)]
+    #[arg(long, help_heading = REQUESTS)]
     verify: bool,
     /// When all sessions are open, wait until there is a line, or the end, on standard input
-    #[arg(long)]
+    #[arg(long, help_heading = SESSIONS)]
     hold: bool,
     /// Chooses the offsets of random patterns
-    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, help_heading = REQUESTS)]
     seed: u64,
 }
 
