@@ -30,7 +30,7 @@ use crate::open::Opening;
 use crate::session::{ObjectKey, OpenFile};
 use crate::syscalls::FileInfo;
 use crate::throttle::Flow;
-use crate::timeline::Timeline;
+use crate::timeline::{Stage, Timeline};
 use crate::tuning::ranges::PIECE_BYTES;
 
 /// An open file as one worker has it.
@@ -60,6 +60,16 @@ pub enum State {
     Fetching,
     /// The engine has it, or will have it when its device has less to do: see [`crate::device_queue`].
     Executing,
+}
+
+impl From<Stage> for State {
+    fn from(stage: Stage) -> Self {
+        match stage {
+            Stage::NeedSlot | Stage::Held | Stage::Throttled => Self::NeedSlot,
+            Stage::Fetching => Self::Fetching,
+            Stage::Executing => Self::Executing,
+        }
+    }
 }
 
 /// A request that is not yet answered.

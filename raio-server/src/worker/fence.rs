@@ -240,7 +240,7 @@ impl Worker {
         }
         self.held.push((request, slot));
         let now = self.reactor.clock().now();
-        if self.requests.enter(request, (State::NeedSlot, Stage::Held), now) == State::Fetching {
+        if self.requests.enter(request, Stage::Held, now) == State::Fetching {
             self.admission.set_fetching(self.requests[request].export, false);
         }
         self.promise_life_sign();

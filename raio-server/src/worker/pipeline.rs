@@ -68,7 +68,7 @@ impl Worker {
             }
         };
         // It may have executed: the next piece waits.
-        self.requests.enter(request, (State::NeedSlot, Stage::Throttled), now);
+        self.requests.enter(request, Stage::Throttled, now);
         self.counters.throttled(whose, self.requests[request].work.export());
         self.promise_life_sign();
         self.await_throttled(until);
@@ -246,7 +246,7 @@ impl Worker {
         request.slot_bytes = slot.len();
         let (name, is_sent_data) = (request.key, request.work.is_sent_data());
         if is_sent_data {
-            self.enter(key, State::Fetching);
+            self.enter(key, Stage::Fetching);
             self.transport.fetch(&mut self.reactor, name, slot, 0);
         } else {
             self.execute(key, Some(slot));
@@ -291,7 +291,7 @@ impl Worker {
         if self.is_held_back(work) {
             return self.hold(key, slot);
         }
-        self.enter(key, State::Executing);
+        self.enter(key, Stage::Executing);
         match (self.requests[key].work.direct_file().cloned(), slot) {
             (Some(file), Some(slot)) => {
                 if let Some(slot) = self.device_queues.admit(&file, key, slot) {
@@ -470,14 +470,13 @@ impl Worker {
         self.device_queues.take_back(self.requests[key].work.direct_file()?, key)
     }
 
-    fn enter(&mut self, key: usize, state: State) {
-        let stage = if state == State::Fetching { Stage::Fetching } else { Stage::Executing };
-        let before = self.requests.enter(key, (state, stage), self.reactor.clock().now());
+    fn enter(&mut self, key: usize, stage: Stage) {
+        let before = self.requests.enter(key, stage, self.reactor.clock().now());
         if self.tracer.is_on() {
             self.trace(self.requests[key].key, Phase::Point, stage.name(), 0);
         }
-        if before == State::Fetching || state == State::Fetching {
-            self.admission.set_fetching(self.requests[key].export, state == State::Fetching);
+        if before == State::Fetching || stage == Stage::Fetching {
+            self.admission.set_fetching(self.requests[key].export, stage == Stage::Fetching);
         }
     }
 

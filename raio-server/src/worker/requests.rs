@@ -75,8 +75,9 @@ impl Requests {
         request
     }
 
-    /// A request enters a state, and with it a stage. Returns the state that it leaves.
-    pub fn enter(&mut self, request: usize, (state, stage): (State, Stage), now: Instant) -> State {
+    /// A request enters a stage, and the state of that. Returns the state that it leaves.
+    pub fn enter(&mut self, request: usize, stage: Stage, now: Instant) -> State {
+        let state = State::from(stage);
         let request = &mut self[request];
         request.timeline.enter(stage, now);
         let before = std::mem::replace(&mut request.state, state);
@@ -202,9 +203,6 @@ mod tests {
         RequestKey { connection: ConnectionId { transport: 0, index: 0, generation: 0 }, id }
     }
 
-    const FETCHING: (State, Stage) = (State::Fetching, Stage::Fetching);
-    const EXECUTING: (State, Stage) = (State::Executing, Stage::Executing);
-
     fn begin(requests: &mut Requests, connection: usize, id: u64) -> usize {
         requests.begin(connection, (key(id), Opcode::Close, None), Instant::now(), Work::Close, None)
     }
@@ -218,10 +216,10 @@ mod tests {
         let mut requests = Requests::default();
         let [write, read, other] = [1, 2, 3].map(|id| begin(&mut requests, 0, id));
         assert_eq!(in_states(&requests), [3, 0, 0]);
-        assert_eq!(requests.enter(write, FETCHING, Instant::now()), State::NeedSlot);
-        assert_eq!(requests.enter(read, EXECUTING, Instant::now()), State::NeedSlot);
+        assert_eq!(requests.enter(write, Stage::Fetching, Instant::now()), State::NeedSlot);
+        assert_eq!(requests.enter(read, Stage::Executing, Instant::now()), State::NeedSlot);
         assert_eq!(in_states(&requests), [1, 1, 1]);
-        assert_eq!(requests.enter(write, EXECUTING, Instant::now()), State::Fetching);
+        assert_eq!(requests.enter(write, Stage::Executing, Instant::now()), State::Fetching);
         for request in [write, read, other] {
             requests.end(request);
         }
@@ -255,7 +253,7 @@ mod tests {
     fn a_request_outlives_its_connection_and_is_none_of_the_next() {
         let mut requests = Requests::default();
         let request = begin(&mut requests, 0, 1);
-        requests.enter(request, EXECUTING, Instant::now());
+        requests.enter(request, Stage::Executing, Instant::now());
         requests.detach(request);
         assert_eq!(requests.oldest(0), None);
         let next = begin(&mut requests, 0, 1);
@@ -271,9 +269,9 @@ mod tests {
         assert!(!requests[request].is_cancelled);
         assert_eq!(requests.cancel(request), Cancel::NotBegun);
         assert!(requests[request].is_cancelled);
-        requests.enter(request, FETCHING, Instant::now());
+        requests.enter(request, Stage::Fetching, Instant::now());
         assert_eq!(requests.cancel(request), Cancel::WhenFetched);
-        requests.enter(request, EXECUTING, Instant::now());
+        requests.enter(request, Stage::Executing, Instant::now());
         assert_eq!(requests.cancel(request), Cancel::Executing);
     }
 }
