@@ -166,7 +166,7 @@ impl Worker {
         }
         self.count_for_client(connection, Direction::None, response.status, 0);
         match self.opened_at_once.take() {
-            Some(export) => self.respond_now_on(export, request, opcode, response),
+            Some(export) => self.respond_now_on(connection, export, request, opcode, response),
             None => self.respond_now(request, opcode, response),
         }
     }
@@ -177,17 +177,17 @@ impl Worker {
         self.respond(name, opcode, arrived, response);
     }
 
-    /// The same of one on an export, which has counted it.
+    /// The same of one of an open connection, on an export that has counted it.
     pub(super) fn respond_now_on(
         &mut self,
+        connection: usize,
         export: usize,
         name: RequestKey,
         opcode: Opcode,
         response: Response,
     ) {
         let arrived = self.arrived(opcode);
-        let connection = self.connections.key(name.connection);
-        self.respond_on((connection, Some(export)), name, opcode, arrived, response);
+        self.respond_on((Some(connection), Some(export)), name, opcode, arrived, response);
     }
 
     /// Counts one more request of a connection's session and address, or answers it: they have as many as

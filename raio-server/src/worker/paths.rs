@@ -103,7 +103,7 @@ impl Worker {
         if response.status.is_ok() {
             self.connections[connection].counters.read(moved);
         }
-        self.respond_now_on(at.export.place(), name, *opcode, response);
+        self.respond_now_on(connection, at.export.place(), name, *opcode, response);
         if self.admission.spend(bytes.max(cached_files::STATUS_BYTES)) && !self.settings.spin.is_zero() {
             self.transport.flush_early(&mut self.reactor);
         }
