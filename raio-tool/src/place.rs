@@ -190,6 +190,19 @@ pub fn has_become_shorter(source: &dyn Place, end: u64) -> Failure {
 /// goes on opens it again.
 pub const OWNER_WRITES: u32 = 0o200;
 
+/// Opens or creates a partial file. One that the user may not write to is removed and created again: a killed
+/// run had set its final permissions already.
+pub fn open_partial<F, E>(
+    open: impl Fn() -> Result<F, E>,
+    is_denied: impl Fn(&E) -> bool,
+    remove: impl FnOnce() -> bool,
+) -> Result<F, E> {
+    match open() {
+        Err(error) if is_denied(&error) && remove() => open(),
+        opened => opened,
+    }
+}
+
 /// A file that is written beside its destination, and takes its place when it is whole.
 pub trait PartialFile: Send {
     /// The file.

@@ -17,7 +17,7 @@ use rustix::fs::{
     flock, futimens, seek,
 };
 
-use super::{Done, Facts, Io, Lane, OWNER_WRITES, PartialFile, Place, Sort};
+use super::{Done, Facts, Io, Lane, OWNER_WRITES, PartialFile, Place, Sort, open_partial};
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
@@ -129,7 +129,7 @@ impl LocalFile {
         call(&self.file)
     }
 
-    /// A partial file is whole: its owner's permission to write goes, unless it is to have it.
+    /// Removes the owner's write permission from a complete partial file, unless `mode` has it.
     pub fn end_writing(&self, mode: u32) -> io::Result<()> {
         if mode & OWNER_WRITES != 0 {
             return Ok(());
@@ -260,15 +260,9 @@ impl LocalPartial {
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create(true).truncate(false);
         let options = options.mode(mode | OWNER_WRITES).custom_flags(libc::O_NOFOLLOW);
-        let opened = match options.open(&path) {
-            // A killed run had given it its last permissions already.
-            Err(error)
-                if error.kind() == io::ErrorKind::PermissionDenied && std::fs::remove_file(&path).is_ok() =>
-            {
-                options.open(&path)
-            }
-            opened => opened,
-        };
+        let open = || options.open(&path);
+        let is_denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+        let opened = open_partial(open, is_denied, || std::fs::remove_file(&path).is_ok());
         let file = opened.map_err(failed)?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
             Failure::new(format!(

@@ -16,7 +16,7 @@ use raio_transport::address::Address;
 use raio_transport::sync::lock;
 
 use super::local::beside;
-use super::{Done, Facts, Io, Lane, OWNER_WRITES, PartialFile, Place, Sort};
+use super::{Done, Facts, Io, Lane, OWNER_WRITES, PartialFile, Place, Sort, open_partial};
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::interrupt::Interrupt;
@@ -400,11 +400,8 @@ impl RemotePartial {
         let path = beside(destination, &format!(".partial-{tag}"));
         let flags = libc::O_RDWR | libc::O_CREAT | libc::O_NOFOLLOW;
         let open = || session.open(&path, flags, mode | OWNER_WRITES);
-        let opened = match open() {
-            // A killed run had given it its last permissions already.
-            Err(error) if error.errno() == libc::EACCES && session.remove_file(&path).is_ok() => open(),
-            opened => opened,
-        };
+        let is_denied = |error: &raio::Error| error.errno() == libc::EACCES;
+        let opened = open_partial(open, is_denied, || session.remove_file(&path).is_ok());
         let file = opened.map_err(|error| Failure::remote(format!("Cannot open {name}"), &error))?;
         let file = RemoteFile::new(session, &path, name, file);
         Ok(Self { file, destination: destination.to_owned(), mode, is_published: false })

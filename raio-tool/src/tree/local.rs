@@ -20,7 +20,9 @@ use rustix::io::Errno;
 use super::{Access, Answer, Ended, New, Request, Tree, TreeEntry, partial_path};
 use crate::failure::Failure;
 use crate::location::Location;
-use crate::place::{LocalFile, OWNER_WRITES, PartialFile, Place, set_len, timespec, to_ns, write_sparsely};
+use crate::place::{
+    LocalFile, OWNER_WRITES, PartialFile, Place, open_partial, set_len, timespec, to_ns, write_sparsely,
+};
 use crate::tuning::SMALL_FILE_BYTES;
 
 /// A directory of this machine.
@@ -116,11 +118,8 @@ impl LocalTree {
             let (directory, name) = this.parent(&partial)?;
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let open = || openat(directory, name, flags, mode_of(mode | OWNER_WRITES));
-            let file = match open() {
-                // A killed run had given it its last permissions already.
-                Err(Errno::ACCESS) if unlinkat(directory, name, AtFlags::empty()).is_ok() => open(),
-                opened => opened,
-            };
+            let remove = || unlinkat(directory, name, AtFlags::empty()).is_ok();
+            let file = open_partial(open, |&errno| errno == Errno::ACCESS, remove);
             let directory = rustix::io::fcntl_dupfd_cloexec(directory, 3)?;
             Ok((File::from(file?), directory, name.to_owned()))
         };
