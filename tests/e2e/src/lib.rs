@@ -51,7 +51,7 @@ pub use random::{Random, seed};
 pub use raw::{Raw, request as raw_request};
 pub use sandbox::sandboxed;
 pub use server::{
-    PATIENCE, Server, await_log, await_no_connection, binary, copy_program, cpu_time, is_at_rest,
+    PATIENCE, Server, await_http, await_log, await_no_connection, binary, copy_program, cpu_time, is_at_rest,
     load_command,
 };
 pub use site::{Client, Site, pin};

@@ -90,6 +90,13 @@ pub fn await_log(path: &Path, text: &str) -> String {
     }
 }
 
+/// Waits until a server's log says where it serves metrics. Returns that as HOST:PORT.
+pub fn await_http(log: &Path) -> String {
+    let log = await_log(log, "status page are at http://");
+    let address = log.split("http://").nth(1).and_then(|rest| rest.split('/').next());
+    address.expect("an address").to_owned()
+}
+
 /// A program that this workspace builds, found beside the test that asks.
 pub fn binary(name: &str) -> PathBuf {
     let mut path = std::env::current_exe().expect("a test knows its own path");

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Operation, Options, Session};
-use raio_e2e::{PATIENCE, Server, await_log, binary};
+use raio_e2e::{PATIENCE, Server, await_http, binary};
 use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -53,9 +53,8 @@ impl Observed {
             command.arg("--sandbox=off");
         }
         let server = Server::spawn(command);
-        let log = await_log(&path("log"), "status page are at http://");
-        let http = log.split("http://").nth(1).and_then(|rest| rest.split('/').next()).expect("an address");
-        Self { server, http: http.to_owned(), directory }
+        let http = await_http(&path("log"));
+        Self { server, http, directory }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -368,9 +367,8 @@ fn a_successor_serves_at_the_same_sockets() {
             command.arg("--sandbox=off");
         }
         let server = Server::spawn(command);
-        let log = await_log(&log, "status page are at http://");
-        let port = log.split("http://127.0.0.1:").nth(1).and_then(|rest| rest.split('/').next());
-        (server, port.expect("a port").to_owned())
+        let http = await_http(&log);
+        (server, http.strip_prefix("127.0.0.1:").expect("a port").to_owned())
     };
     let (mut old, port) = start("old", "0");
     let (new, same) = start("new", &port);

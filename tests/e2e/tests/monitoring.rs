@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use raio_e2e::{Client, PATIENCE, Site, await_log, binary};
+use raio_e2e::{Client, PATIENCE, Site, await_http, await_log, binary};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -170,9 +170,8 @@ impl Observed {
             Some(File::create(path("log")).expect("a log")),
         );
         client.trust(&site);
-        let log = await_log(&data.path().join("log"), "status page are at http://");
-        let http = log.split("http://").nth(1).and_then(|rest| rest.split('/').next()).expect("an address");
-        let observed = Self { site, client, http: http.to_owned(), data };
+        let http = await_http(&data.path().join("log"));
+        let observed = Self { site, client, http, data };
         observed.work();
         observed
     }
