@@ -313,8 +313,8 @@ impl Reloader {
         log::set_level(new.log);
     }
 
-    /// Gives what is newly claimed to the workers' rings, before any of them can begin something there.
-    /// Returns what the administrator should know.
+    /// Registers a new claim with each worker's ring, before the new exports are served. Returns a warning
+    /// for the administrator if a ring has no room for it.
     fn hand_out_claim(&self, plan: &ExportPlan) -> anyhow::Result<Option<String>> {
         let Some(new) = &plan.lock else { return Ok(None) };
         let mut claims = lock(&self.shared.claims);
@@ -339,7 +339,8 @@ impl Reloader {
         Ok((!has_room).then(|| text.to_owned()))
     }
 
-    /// Has the workers' rings hold these and no others. Returns what gets an answer of each worker.
+    /// Replaces the claims that are registered with the workers' rings. Each worker sends over the returned
+    /// channel whether there was room for all of them.
     fn tell_claims(&self, claims: &[Arc<OwnedFd>]) -> mpsc::Receiver<bool> {
         let (sender, taken) = mpsc::channel();
         self.tell(|| Mail::Claim(claims.to_vec(), sender.clone()));

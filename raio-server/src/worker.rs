@@ -299,8 +299,8 @@ pub enum Mail {
     Wake,
     /// Exports are over: leave them.
     Leave,
-    /// Have these in the ring's table of files, and no others: see [`crate::claim`]. Tells whether there was
-    /// room for all.
+    /// Replace the claims in the ring's table of files (see [`crate::claim`]), and send whether there was
+    /// room for all of them.
     Claim(Vec<Arc<OwnedFd>>, mpsc::Sender<bool>),
     /// Have these settings from now on.
     Set(Settings),
@@ -397,7 +397,7 @@ enum Quirk {
 pub struct Started {
     /// Where to reach it.
     pub senders: WorkerSenders,
-    /// The processor that it is pinned to, or why it is not; None if it was not to be.
+    /// The processor that the worker is pinned to, or the error; None if there are too few processors.
     pub pinned: Option<Result<usize, rustix::io::Errno>>,
     /// Why it has no io_uring.
     pub fallback: Option<String>,

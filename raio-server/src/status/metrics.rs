@@ -93,7 +93,7 @@ fn write_server(out: &mut Writer, of: &Observed) {
     let help = "Connections that were accepted.";
     out.single("raio_connections_accepted_total", "counter", help, of.main.accepted.get());
     out.single("raio_sessions", "gauge", "Sessions of clients now.", of.shared.sessions.len());
-    let help = "As many sessions as there may be at a time.";
+    let help = "The maximum number of sessions at a time.";
     out.single("raio_sessions_max", "gauge", help, of.shared.sessions.max());
     out.single("raio_open_files", "gauge", "Files that clients have open.", of.shared.sessions.open_files());
     let help = "Bytes of the buffers for data that are in use.";

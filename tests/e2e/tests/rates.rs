@@ -121,7 +121,7 @@ fn clients_have_their_rates_and_share_an_exports_by_their_weights() {
         ("bytes", Busy::start(&sessions["bytes"], "/data/file", 1, 4, 16 << 10, true)),
         ("more_bytes", Busy::start(&sessions["bytes"], "/logs/file", 1, 4, 16 << 10, false)),
         ("light", Busy::start(&sessions["light"], "/other/file", 2, 32, 4096, false)),
-        // It must always want more: a share is not made up for. Writes may wait for a journal.
+        // Its queue must never be empty, because an unused share is lost. Writes may wait for a journal.
         ("heavy", Busy::start(&sessions["heavy"], "/other/file", 1, 32, 4096, false)),
     ]);
     // The bursts.
