@@ -115,6 +115,10 @@ fn serve(listener: OwnedFd) -> Result<(), Box<dyn Error>> {
                     server.respond(key, answer(Status::DAMAGED, None));
                 }
                 ServerEvent::Opened(..) | ServerEvent::Moved(..) => {}
+                ServerEvent::OneWay(..)
+                | ServerEvent::Receipt(..)
+                | ServerEvent::Refused(_)
+                | ServerEvent::Answered(..) => unreachable!("its policy grants none"),
                 ServerEvent::Closed(connection, _) => {
                     kept.retain(|(owner, _), _| *owner != connection);
                     coming.retain(|key: &RequestKey, _| key.connection != connection);

@@ -61,6 +61,10 @@ fn serve(listener: OwnedFd) -> std::io::Result<()> {
                     unreachable!("greetings bring no data")
                 }
                 ServerEvent::Moved(..) => unreachable!("there is one transport"),
+                ServerEvent::OneWay(..)
+                | ServerEvent::Receipt(..)
+                | ServerEvent::Refused(_)
+                | ServerEvent::Answered(..) => unreachable!("its policy grants none"),
             }
         }
     }

@@ -116,6 +116,10 @@ fn work(
                 }
                 ServerEvent::Moved(..) | ServerEvent::Closed(..) => {}
                 ServerEvent::Fetched(..) | ServerEvent::Damaged(..) => unreachable!("no data is fetched"),
+                ServerEvent::OneWay(..)
+                | ServerEvent::Receipt(..)
+                | ServerEvent::Refused(_)
+                | ServerEvent::Answered(..) => unreachable!("its policy grants none"),
             }
         }
     }

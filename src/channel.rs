@@ -32,7 +32,8 @@ use crate::resume::{self, End, Fate, Machine, State, Step};
 use crate::sync::lock;
 use crate::trace::ClockSample;
 use crate::transport::{
-    Body, Bulk, ClientCounters, ClientTransport, Lost, NotSent, Reply, RequestId, SendOptions, UsedIds,
+    Body, Bulk, ClientCounters, ClientEvent, ClientTransport, Lost, NotPushed, NotSent, OneWay, Reply,
+    RequestId, SendOptions, UsedIds,
 };
 
 pub use beginning::Beginning;
@@ -638,6 +639,33 @@ impl Channel {
         let asked = transport.send(answer, &body, Bulk::None, SendOptions::CONTROL).is_ok();
         transport.flush();
         asked
+    }
+
+    /// Queues a one-way message: see [`ClientTransport::send_one_way`]. It ends with its connection: what has
+    /// no receipt when [`Channel::connections`] changes may not have arrived.
+    pub fn send_one_way(&mut self, message: OneWay<'_>) -> Result<(), NotPushed> {
+        self.transport.as_mut().map_or(Err(NotPushed::Closed), |transport| transport.send_one_way(message))
+    }
+
+    /// What the server has sent without being asked, over the connection that there is: see
+    /// [`ClientTransport::next_event`]. What it had sent over an earlier one and was not taken is lost, and
+    /// so is what it would have sent while there was none.
+    pub fn next_event(&mut self) -> Option<ClientEvent> {
+        self.transport.as_mut()?.next_event()
+    }
+
+    /// Is done with the oldest one-way message of this connection: see [`ClientTransport::release`].
+    pub fn release(&mut self) {
+        if let Some(transport) = &mut self.transport {
+            transport.release();
+        }
+    }
+
+    /// Answers a request of the server's that came over this connection: see [`ClientTransport::answer`].
+    pub fn answer(&mut self, request: u64, status: Status, result: u64, body: &[u8]) {
+        if let Some(transport) = &mut self.transport {
+            transport.answer(request, status, result, body);
+        }
     }
 
     /// Ends the connection because the server broke the protocol. The channel goes on with another.

@@ -28,9 +28,11 @@ use crate::message::{
     self, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, RequestHeader, ResponseHeader,
 };
 use crate::protocol::Opcode;
+use crate::push::{NotPushed, OneWay, OneWays, Owed};
 use crate::trace::ClockSample;
 use crate::transport::{
-    Body, Bulk, ClientCore, ClientCounters, Damaged, Lost, NotSent, Reply, RequestId, SendOptions, UsedIds,
+    Body, Bulk, ClientCore, ClientCounters, ClientEvent, Damaged, Lost, NotSent, Reply, RequestId,
+    SendOptions, UsedIds,
 };
 use crate::tuning::{CLIENT_PONGS_MAX, CLIENT_SENT_HEAD_BYTES_MAX, DAMAGED_MAX, LARGE_BYTES};
 use outstanding::{Outstanding, Sent};
@@ -64,6 +66,11 @@ pub(crate) struct Core<L = ()> {
     /// Replies that have not yet been handed out.
     done: Vec<Reply>,
     upgrade: Upgrade,
+
+    one_ways: OneWays,
+    owed: Owed,
+    /// What the server has sent that nobody has asked for, not yet handed out.
+    events: VecDeque<ClientEvent>,
 
     keepalive: Keepalive,
     failure: Option<Error>,
@@ -215,6 +222,9 @@ impl<L> Core<L> {
             early: None,
             done: Vec::new(),
             upgrade: Upgrade::None,
+            one_ways: OneWays::of_client(&grant.push),
+            owed: Owed::new(&grant.push),
+            events: VecDeque::new(),
             keepalive: Keepalive::new(&grant, now),
             failure: None,
             lost: Status::OK,
@@ -697,7 +707,22 @@ impl<L> Core<L> {
                 self.upgrade = Upgrade::Answered(what.map_err(rejected));
             }
             Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
-            Message::Request(..) => return Err(Violation::Kind(message::Kind::Request as u8)),
+            Message::OneWay(message, wants_receipt) => {
+                if self.one_ways.on_message(wants_receipt)? {
+                    self.events.push_back(ClientEvent::OneWay(message.into()));
+                }
+            }
+            Message::Receipt(receipt) => {
+                let events = &mut self.events;
+                let receipted = |tag| events.push_back(ClientEvent::Receipt(tag));
+                if self.one_ways.on_receipt(receipt, receipted)? {
+                    self.events.push_back(ClientEvent::Refused);
+                }
+            }
+            Message::Request(request, body) => {
+                self.owed.on_request(&request)?;
+                self.events.push_back(ClientEvent::Request(request.id, body.into()));
+            }
             Message::Response(..) => unreachable!("the callers take responses"),
         }
         Ok(false)
@@ -955,7 +980,7 @@ impl<L> Core<L> {
 
     /// What a caller does who would wait for the server until `deadline`.
     pub fn on_wait(&mut self, now: Instant, deadline: Option<Instant>) -> Wait {
-        if self.failure.is_some() || !self.done.is_empty() {
+        if self.failure.is_some() || !self.done.is_empty() || !self.events.is_empty() {
             return Wait::Return;
         }
         match self.action(now) {
@@ -970,6 +995,19 @@ impl<L> Core<L> {
                 let until = deadline.into_iter().chain(self.keepalive.deadline(self.is_owed())).min();
                 Wait::Sleep(until.map(|until| until.saturating_duration_since(now)))
             }
+        }
+    }
+}
+
+impl<L> Core<L> {
+    /// Queues the message that `encode` appends, if it does.
+    fn queue(&mut self, encode: impl FnOnce(&mut Self, &mut Vec<u8>)) {
+        let mut head = std::mem::take(&mut self.head);
+        let start = head.len();
+        encode(self, &mut head);
+        self.head = head;
+        if self.head.len() > start {
+            self.push(start, 0, None, false);
         }
     }
 }
@@ -1064,6 +1102,41 @@ impl<L> ClientCore for Core<L> {
             self.queue_ping(now);
             self.keepalive.expect_by(now + timeout);
         }
+    }
+
+    fn send_one_way(&mut self, message: OneWay<'_>) -> Result<(), NotPushed> {
+        if self.failure.is_some() {
+            return Err(NotPushed::Closed);
+        }
+        let (mut sent, crc) = (Ok(()), self.limits.crc);
+        self.queue(|core, out| sent = core.one_ways.send(message, crc, out));
+        sent
+    }
+
+    fn release(&mut self) {
+        if self.failure.is_none() {
+            let crc = self.limits.crc;
+            self.queue(|core, out| core.one_ways.release(crc, out));
+        }
+    }
+
+    fn refuse(&mut self) {
+        if self.failure.is_none() {
+            let crc = self.limits.crc;
+            self.events.retain(|event| !matches!(event, ClientEvent::OneWay(_)));
+            self.queue(|core, out| core.one_ways.refuse(crc, out));
+        }
+    }
+
+    fn answer(&mut self, request: u64, status: Status, result: u64, body: &[u8]) {
+        if self.failure.is_none() {
+            let crc = self.limits.crc;
+            self.queue(|core, out| core.owed.answer(request, (status, result, body), crc, out));
+        }
+    }
+
+    fn next_event(&mut self) -> Option<ClientEvent> {
+        self.events.pop_front()
     }
 }
 

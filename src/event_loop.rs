@@ -29,7 +29,8 @@ use crate::error::{Error, Status};
 use crate::memory::{Arena, Slot};
 use crate::reactor::{Config, Event, File, Op, OpId, Payload, Reactor, TimerId, Token, Wait, Waker};
 use crate::transport::{
-    Accepted, AcceptedStream, ConnectionId, RequestKey, Response, ServerEvent, ServerTransport,
+    Accepted, AcceptedStream, ConnectionId, NotPushed, Push, RequestKey, Response, ServerEvent,
+    ServerTransport,
 };
 
 /// The owner number of the listeners' operations.
@@ -128,6 +129,16 @@ impl<T: ServerTransport> EventLoop<T> {
     /// Answers a request: [`ServerTransport::respond`].
     pub fn respond(&mut self, request: RequestKey, response: Response) {
         self.transport.respond(&mut self.reactor, request, response);
+    }
+
+    /// Sends something that the client has not asked for: [`ServerTransport::push`].
+    pub fn push(&mut self, connection: ConnectionId, push: Push<'_>) -> Result<(), NotPushed> {
+        self.transport.push(&mut self.reactor, connection, push)
+    }
+
+    /// Is done with a one-way message: [`ServerTransport::release`].
+    pub fn release(&mut self, connection: ConnectionId) {
+        self.transport.release(&mut self.reactor, connection);
     }
 
     /// Rejects a client that has just been reported as opened: [`ServerTransport::reject`].

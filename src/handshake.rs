@@ -17,9 +17,9 @@ use crate::error::{Class, Error, Status, Violation};
 use crate::keys::{PublicKey, bind_id};
 use crate::message::{
     self, ChannelOption, FEATURE_CRC, FEATURE_CRC_STREAM, FEATURE_PONG_TIME, FEATURE_REQUEST_CRC,
-    HandshakeOption, Hello, Limits, MAGIC, OPERATION_FEATURES_MASK, OPTION_CHANNEL, OPTION_NAME,
-    OPTION_QUEUE_PAIR, OPTION_REQUIRED, OPTION_SUPERSEDE, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, SessionId,
-    VERSION, Welcome,
+    HandshakeOption, Hello, Limits, MAGIC, OPERATION_FEATURES_MASK, OPTION_CHANNEL, OPTION_NAME, OPTION_PUSH,
+    OPTION_QUEUE_PAIR, OPTION_REQUIRED, OPTION_SUPERSEDE, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed,
+    PushOption, SessionId, VERSION, Welcome,
 };
 use crate::random;
 use crate::tls::ClientTls;
@@ -51,6 +51,54 @@ pub struct ChannelOffer {
     pub linger: Duration,
 }
 
+/// How much each side may send that nobody has asked for: see [`crate::push`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PushWindows {
+    /// One-way messages to the server that it has not released.
+    pub to_server: u16,
+    /// One-way messages to the client that it has not released.
+    pub to_client: u16,
+    /// Requests of the server that the client has not answered.
+    pub requests: u16,
+}
+
+impl PushWindows {
+    /// None of it.
+    pub const NONE: Self = Self { to_server: 0, to_client: 0, requests: 0 };
+
+    /// The most messages that this makes for either side to take in. Each one-way message of the other
+    /// direction may have a receipt.
+    pub fn messages(&self) -> usize {
+        usize::from(self.to_server) + usize::from(self.to_client) + usize::from(self.requests)
+    }
+
+    /// What both allow.
+    fn min(self, other: Self) -> Self {
+        Self {
+            to_server: self.to_server.min(other.to_server),
+            to_client: self.to_client.min(other.to_client),
+            requests: self.requests.min(other.requests),
+        }
+    }
+}
+
+impl PushOption {
+    fn new(windows: PushWindows) -> Self {
+        let PushWindows { to_server, to_client, requests } = windows;
+        let reserved = U16::ZERO;
+        Self { to_server: to_server.into(), to_client: to_client.into(), requests: requests.into(), reserved }
+    }
+
+    fn decode(value: &[u8]) -> Result<PushWindows, Violation> {
+        let this = Self::read_from_bytes(value).map_err(|_| Violation::Length)?;
+        if this.reserved.get() != 0 {
+            return Err(Violation::Reserved);
+        }
+        let (to_server, to_client) = (this.to_server.get(), this.to_client.get());
+        Ok(PushWindows { to_server, to_client, requests: this.requests.get() })
+    }
+}
+
 /// What a client offers.
 #[derive(Clone, Debug)]
 pub struct Offer {
@@ -73,6 +121,9 @@ pub struct Offer {
     pub name: String,
     /// It could move from this stream to a queue pair.
     pub queue_pair: bool,
+    /// What it would send that the server has not asked for, and what it takes. Servers that grant none of it
+    /// are connected to all the same.
+    pub push: PushWindows,
     /// How the connection is secured; None: it is not. Only over TCP.
     pub tls: Option<ClientTls>,
 }
@@ -106,6 +157,9 @@ pub struct Policy {
     pub name: String,
     /// Clients of this transport, a stream, may move to queue pairs.
     pub queue_pair: bool,
+    /// The most that is sent either way and that nobody has asked for, on a connection whose client offers
+    /// it.
+    pub push: PushWindows,
     /// What the times in pongs are read from.
     pub clock: Clock,
 }
@@ -126,6 +180,7 @@ impl Default for Policy {
             linger: Duration::from_secs(90),
             name: "raio".into(),
             queue_pair: false,
+            push: PushWindows::NONE,
             clock: Clock::new(),
         }
     }
@@ -152,12 +207,20 @@ pub struct Grant {
     pub queue_pair: bool,
     /// How long the channel is kept when the connection has broken; zero without a channel.
     pub linger: Duration,
+    /// How much may be sent that nobody has asked for.
+    pub push: PushWindows,
 }
 
 impl Grant {
     /// Credits that the connection starts with: the queue depth, and one for control messages.
     pub fn credits(&self) -> u32 {
         self.queue_depth + 1
+    }
+
+    /// The most messages that the peer has sent, be it the client or the server, and that have not been taken
+    /// in. Control messages are not among them.
+    pub fn messages_max(&self) -> usize {
+        self.credits() as usize + self.push.messages()
     }
 
     /// Whether all messages have checksums.
@@ -289,7 +352,9 @@ impl Policy {
         let mut queue_pair = false;
         let mut channel = None;
         let mut supersedes = None;
+        let mut push = None;
         let channel_granted = OnceCell::new();
+        let push_granted = OnceCell::new();
         let mut answers = Vec::new();
         for option in message::parse_options(options) {
             let option = option?;
@@ -325,6 +390,13 @@ impl Policy {
                     return Err(Violation::Field);
                 }
                 answers.push(HandshakeOption { kind: OPTION_SUPERSEDE, flags: 0, value: &[] });
+            } else if option.kind == OPTION_PUSH {
+                let granted = PushOption::decode(option.value)?.min(self.push);
+                if push.replace(granted).is_some() {
+                    return Err(Violation::Field);
+                }
+                let value = push_granted.get_or_init(|| PushOption::new(granted)).as_bytes();
+                answers.push(HandshakeOption { kind: OPTION_PUSH, flags: 0, value });
             } else if option.flags & OPTION_REQUIRED != 0 {
                 return Err(Violation::RequiredOption(option.kind));
             } else {
@@ -342,6 +414,7 @@ impl Policy {
             keepalive: self.keepalive,
             queue_pair,
             linger: channel.map_or(Duration::ZERO, |channel| channel.linger),
+            push: push.unwrap_or_default(),
         };
         let welcome = Welcome {
             magic: MAGIC,
@@ -403,6 +476,7 @@ impl Offer {
             keepalive: Duration::ZERO,
             name: name.into(),
             queue_pair: false,
+            push: PushWindows::NONE,
             tls: None,
         }
     }
@@ -437,6 +511,10 @@ impl Offer {
             let value = self.supersedes.as_bytes();
             options.push(HandshakeOption { kind: OPTION_SUPERSEDE, flags, value });
         }
+        let push = PushOption::new(self.push);
+        if self.push != PushWindows::NONE {
+            options.push(HandshakeOption { kind: OPTION_PUSH, flags: 0, value: push.as_bytes() });
+        }
         message::encode_handshake(hello, &options)
     }
 
@@ -449,6 +527,7 @@ impl Offer {
         let mut text = String::new();
         let mut queue_pair = false;
         let mut linger = Duration::ZERO;
+        let mut push = PushWindows::NONE;
         for option in message::parse_options(options) {
             let option = option?;
             if option.kind == OPTION_TEXT {
@@ -461,6 +540,9 @@ impl Offer {
                     return Err(Violation::Field.into());
                 }
                 linger = Duration::from_millis(value.linger_ms.get().into());
+            }
+            if option.kind == OPTION_PUSH && option.flags & OPTION_UNSUPPORTED == 0 {
+                push = PushOption::decode(option.value)?;
             }
         }
         let errno = i32::from(welcome.errno.get());
@@ -484,6 +566,7 @@ impl Offer {
                 .clamp(KEEPALIVE_MIN, KEEPALIVE_MAX),
             queue_pair,
             linger,
+            push,
         };
         let depth_max = if self.queue_depth == 0 { u32::from(u16::MAX) - 1 } else { self.queue_depth };
         if grant.version != VERSION
@@ -491,6 +574,7 @@ impl Offer {
             || features & !OPERATION_FEATURES_MASK & !self.features != 0
             || grant.queue_pair && !self.queue_pair
             || grant.linger > self.channel.map_or(Duration::ZERO, |channel| channel.linger)
+            || push != push.min(self.push)
             || grant.queue_depth == 0
             || grant.queue_depth > depth_max
             || grant.data_bytes_max < 4096

@@ -177,6 +177,7 @@ mod tests {
             keepalive: SECOND,
             queue_pair: false,
             linger: Duration::ZERO,
+            push: crate::handshake::PushWindows::NONE,
         };
         let start = Instant::now();
         (Keepalive::new(&grant, start), start)

@@ -21,6 +21,7 @@
 #![cfg_attr(not(all(feature = "rdma", feature = "test-peers")), allow(dead_code))]
 
 pub mod address;
+mod body;
 pub mod busy_poll;
 pub mod channel;
 mod client;
@@ -45,6 +46,7 @@ pub mod message;
 pub mod mux;
 pub mod open_files;
 pub mod protocol;
+pub mod push;
 pub mod random;
 #[cfg_attr(not(feature = "rdma"), path = "rdma/stub.rs")]
 pub mod rdma;

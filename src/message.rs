@@ -50,9 +50,9 @@ pub const fn padded(len: usize) -> usize {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// Client to server: a command.
+    /// Client to server: a command. Server to client, if the client consents: a question without data.
     Request = 1,
-    /// Server to client: the answer to a command.
+    /// The other way: the answer to it.
     Response = 2,
     /// Either way: answer with a pong of the same id.
     Ping = 3,
@@ -62,6 +62,10 @@ pub enum Kind {
     Goaway = 5,
     /// Either way, over a stream: the sender's end of a queue pair that the connection is to move to.
     QueuePair = 6,
+    /// Either way: a message that is not answered.
+    OneWay = 7,
+    /// Either way: how many one-way messages the sender has released.
+    Receipt = 8,
 }
 
 /// The header of every message. Which of the fields in the middle mean something depends on the kind:
@@ -76,7 +80,8 @@ pub struct Header {
     id: U64,
     /// Request: address of the client's region. Response: errno u16, class u8, 0 u8, credits u16, 0 u16.
     middle: [u8; 8],
-    /// Request: region key u32, region length u32. Response: result u64. Pong: time u64.
+    /// Request: region key u32, region length u32. Response: result u64. Pong: time u64. One-way message: its
+    /// length without padding u32, 0 u32.
     tail: [u8; 8],
     data_crc: U32,
     header_crc: U32,
@@ -87,6 +92,10 @@ const _: () = assert!(size_of::<Header>() == HEADER_BYTES);
 const FLAG_REGION_IN: u8 = 1 << 0;
 const FLAG_REGION_OUT: u8 = 1 << 1;
 const FLAG_RETRYABLE: u8 = 1 << 0;
+/// Of a one-way message: its sender wants to know at once when it is released.
+const FLAG_WANTS_RECEIPT: u8 = 1 << 0;
+/// Of a receipt: its sender takes no more one-way messages.
+const FLAG_LAST: u8 = 1 << 0;
 /// Of a request or a response: it has checksums, though its connection has none.
 const FLAG_CRC: u8 = 1 << 7;
 
@@ -156,6 +165,15 @@ pub struct ResponseHeader {
     pub data_crc: u32,
 }
 
+/// What a receipt says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    /// How many one-way messages its sender has released since the connection began.
+    pub released: u64,
+    /// Its sender takes no more: those under way are dropped, and the peer may send no others.
+    pub is_last: bool,
+}
+
 /// One message, its body still in the buffer it was parsed from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message<'a> {
@@ -171,6 +189,26 @@ pub enum Message<'a> {
     Goaway(Status, &'a [u8]),
     /// Where the sender's queue pair is; or from a server that makes none why not, with an error message.
     QueuePair(Result<QueuePairAddress, (Status, &'a [u8])>),
+    /// A message that is not answered, without padding, and whether its sender wants a receipt at once.
+    OneWay(&'a [u8], bool),
+    /// How many of the peer's one-way messages have been released.
+    Receipt(Receipt),
+}
+
+impl Message<'_> {
+    /// What it is.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Request(..) => Kind::Request,
+            Self::Response(..) => Kind::Response,
+            Self::Ping(_) => Kind::Ping,
+            Self::Pong(..) => Kind::Pong,
+            Self::Goaway(..) => Kind::Goaway,
+            Self::QueuePair(_) => Kind::QueuePair,
+            Self::OneWay(..) => Kind::OneWay,
+            Self::Receipt(_) => Kind::Receipt,
+        }
+    }
 }
 
 /// What a port's network is.
@@ -536,6 +574,21 @@ pub fn encode_queue_pair(what: Result<&QueuePairAddress, (Status, &str)>, crc: b
     header.finish(&body, crc, out);
 }
 
+/// Appends a one-way message of at most [`BODY_BYTES_MAX`] bytes to `out`.
+pub fn encode_one_way(message: &[u8], wants_receipt: bool, crc: bool, out: &mut Vec<u8>) {
+    let mut header = Header::new(Kind::OneWay, 0, padded(message.len()), 0);
+    header.flags = if wants_receipt { FLAG_WANTS_RECEIPT } else { 0 };
+    header.tail[..4].copy_from_slice(&(message.len() as u32).to_le_bytes());
+    header.finish(message, crc, out);
+}
+
+/// Appends a receipt to `out`.
+pub fn encode_receipt(receipt: Receipt, crc: bool, out: &mut Vec<u8>) {
+    let mut header = Header::new(Kind::Receipt, receipt.released, 0, 0);
+    header.flags = if receipt.is_last { FLAG_LAST } else { 0 };
+    header.finish(&[], crc, out);
+}
+
 /// The sentence, cut to the 256 bytes that the wire allows one.
 pub fn clipped(text: &str) -> &str {
     let mut end = text.len().min(256);
@@ -570,6 +623,8 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
         4 => Kind::Pong,
         5 => Kind::Goaway,
         6 => Kind::QueuePair,
+        7 => Kind::OneWay,
+        8 => Kind::Receipt,
         other => return Err(Violation::Kind(other)),
     };
     let body_len = usize::from(header.body_len.get());
@@ -588,7 +643,8 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
     let message = match kind {
         Kind::Request => Message::Request(RequestHeader::decode(header, limits)?, body),
         Kind::Response => Message::Response(ResponseHeader::decode(header, limits)?, body),
-        Kind::Ping | Kind::Pong | Kind::Goaway | Kind::QueuePair => {
+        Kind::OneWay => decode_one_way(header, body)?,
+        Kind::Ping | Kind::Pong | Kind::Goaway | Kind::QueuePair | Kind::Receipt => {
             let has_tail = kind == Kind::Pong && limits.pong_time;
             if header.data_len.get() != 0
                 || header.data_crc.get() != 0
@@ -607,7 +663,11 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
                     _ if status.is_ok() => Message::QueuePair(Ok(QueuePairAddress::decode(body)?)),
                     _ => Message::QueuePair(Err((status, body))),
                 }
-            } else if header.flags != 0 || header.middle != [0; 8] || body_len != 0 {
+            } else if header.middle != [0; 8] || body_len != 0 {
+                return Err(Violation::Reserved);
+            } else if kind == Kind::Receipt && header.flags & !FLAG_LAST == 0 {
+                Message::Receipt(Receipt { released: header.id.get(), is_last: header.flags != 0 })
+            } else if header.flags != 0 {
                 return Err(Violation::Reserved);
             } else if kind == Kind::Ping {
                 Message::Ping(header.id.get())
@@ -617,6 +677,25 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
         }
     };
     Ok(Parsed::Item(message, HEADER_BYTES + body_len))
+}
+
+fn decode_one_way<'a>(header: &Header, body: &'a [u8]) -> Result<Message<'a>, Violation> {
+    let [l0, l1, l2, l3, reserved @ ..] = header.tail;
+    let len = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+    if len > body.len() || padded(len) != body.len() {
+        return Err(Violation::Length);
+    }
+    let (message, padding) = body.split_at(len);
+    let others = header.data_len.get() != 0 || header.data_crc.get() != 0 || header.id.get() != 0;
+    if others
+        || header.middle != [0; 8]
+        || reserved != [0; 4]
+        || header.flags & !FLAG_WANTS_RECEIPT != 0
+        || padding.iter().any(|&byte| byte != 0)
+    {
+        return Err(Violation::Reserved);
+    }
+    Ok(Message::OneWay(message, header.flags != 0))
 }
 
 /// CRC32C of data that comes in pieces: [`crc_digest`].
@@ -747,6 +826,22 @@ pub const OPTION_QUEUE_PAIR: u16 = 3;
 pub const OPTION_CHANNEL: u16 = 4;
 /// Option: sessions that the client had, and has given up ([`SessionId`]s).
 pub const OPTION_SUPERSEDE: u16 = 5;
+/// Option: how much either side may send that nobody has asked for ([`PushOption`]).
+pub const OPTION_PUSH: u16 = 6;
+
+/// The value of [`OPTION_PUSH`]: what the client asks for, or what the server grants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct PushOption {
+    /// One-way messages to the server that it has not released.
+    pub to_server: U16,
+    /// One-way messages to the client that it has not released.
+    pub to_client: U16,
+    /// Requests of the server that the client has not answered.
+    pub requests: U16,
+    /// 0.
+    pub reserved: U16,
+}
 
 /// The value of [`OPTION_CHANNEL`], of both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]

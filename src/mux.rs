@@ -15,8 +15,8 @@ use crate::memory::{Arena, Slot};
 use crate::message;
 use crate::reactor::{Event, Reactor};
 use crate::transport::{
-    Accepted, ConnectionId, Handover, Passed, RequestKey, Response, ServerCounters, ServerEvent,
-    ServerTransport, UpgradeRequest,
+    Accepted, ConnectionId, Handover, NotPushed, Passed, Push, RequestKey, Response, ServerCounters,
+    ServerEvent, ServerTransport, UpgradeRequest,
 };
 
 mod dial;
@@ -188,6 +188,15 @@ impl ServerTransport for Mux {
         self.find_mut(request.connection).respond_filled(request, len, arena, fill)
     }
 
+    fn push(
+        &mut self,
+        reactor: &mut Reactor,
+        connection: ConnectionId,
+        push: Push<'_>,
+    ) -> Result<(), NotPushed> {
+        self.find_mut(connection).push(reactor, connection, push)
+    }
+
     fn flush_early(&mut self, reactor: &mut Reactor) {
         self.all_mut().for_each(|transport| transport.flush_early(reactor));
     }
@@ -310,6 +319,10 @@ mod tests {
         fn fetch(&mut self, _: &mut Reactor, _: RequestKey, _: Slot, _: usize) {}
 
         fn respond(&mut self, _: &mut Reactor, _: RequestKey, _: Response) {}
+
+        fn push(&mut self, _: &mut Reactor, _: ConnectionId, _: Push<'_>) -> Result<(), NotPushed> {
+            Err(NotPushed::Refused)
+        }
 
         fn flush(&mut self, _: &mut Reactor) {}
 

@@ -11,6 +11,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
+pub use crate::body::Body;
 use crate::connecting::Connecting;
 use crate::credentials::Credentials;
 use crate::error::{Error, Status, Violation};
@@ -20,6 +21,7 @@ pub use crate::memory::SlotRange;
 use crate::memory::{Arena, ArenaMemory, Buffer, Buffers, Region, Slot};
 use crate::message::QueuePairAddress;
 use crate::protocol::Opcode;
+pub use crate::push::{Answer, NotPushed, OneWay};
 use crate::reactor::{Event, Reactor, Wait};
 use crate::records::Records;
 use crate::tls::kernel::KernelRecords;
@@ -45,47 +47,6 @@ pub struct RequestKey {
     pub connection: ConnectionId,
     /// The client's id for it.
     pub id: u64,
-}
-
-/// A short run of bytes: in place up to 32, in a box beyond, so that the requests that matter allocate
-/// nothing.
-#[derive(Clone, Debug)]
-pub enum Body {
-    /// Up to 32 bytes.
-    Short([u8; 32], u8),
-    /// More.
-    Long(Box<[u8]>),
-}
-
-impl From<&[u8]> for Body {
-    fn from(bytes: &[u8]) -> Self {
-        if bytes.len() <= 32 {
-            let mut short = [0; 32];
-            short[..bytes.len()].copy_from_slice(bytes);
-            Self::Short(short, bytes.len() as u8)
-        } else {
-            Self::Long(bytes.into())
-        }
-    }
-}
-
-impl Default for Body {
-    /// None.
-    #[inline]
-    fn default() -> Self {
-        Self::Short([0; 32], 0)
-    }
-}
-
-impl std::ops::Deref for Body {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Short(bytes, len) => &bytes[..usize::from(*len)],
-            Self::Long(bytes) => bytes,
-        }
-    }
 }
 
 /// A request that has arrived. Its data, if it brings any, has not: see [`ServerTransport::fetch`].
@@ -132,10 +93,46 @@ pub enum ServerEvent {
     /// The same, but the data is not what the client has computed a checksum of. Answer the request with
     /// [`Status::DAMAGED`], and do nothing else of it: the client sends it again.
     Damaged(RequestKey, SlotRange),
-    /// A connection has ended, perhaps one that was never reported as opened. Its requests are void, and no
-    /// further event names it; slots that the transport holds for it come free when the kernel or the NIC has
-    /// let go of them.
+    /// A one-way message has come. [`ServerTransport::release`] it once, when the program is done with it:
+    /// until then the client's window is smaller.
+    OneWay(ConnectionId, Body),
+    /// The client has released the one-way message with this tag, which wanted a receipt, and all before it.
+    Receipt(ConnectionId, u64),
+    /// The client takes no more one-way messages, and has dropped those that it had not released.
+    Refused(ConnectionId),
+    /// The client has answered a request of this server's.
+    Answered(ConnectionId, Answer),
+    /// A connection has ended, perhaps one that was never reported as opened. Its requests are void, as is
+    /// what it was sent and has not released or answered. No further event names it; slots that the transport
+    /// holds for it come free when the kernel or the NIC has let go of them.
     Closed(ConnectionId, CloseReason),
+}
+
+/// What a server sends that its client has not asked for: see [`crate::push`].
+#[derive(Clone, Copy, Debug)]
+pub enum Push<'a> {
+    /// A one-way message.
+    OneWay(OneWay<'a>),
+    /// The oldest one-way message that was reported and not released is released.
+    Release,
+    /// No one-way message of the client's is reported from now on, for the life of the connection.
+    Refuse,
+    /// A request, with the caller's tag and a command of at most [`crate::message::BODY_BYTES_MAX`] bytes.
+    Request(u64, &'a [u8]),
+}
+
+/// What a server has sent that its client has not asked for.
+#[derive(Clone, Debug)]
+pub enum ClientEvent {
+    /// A one-way message has come. [`ClientTransport::release`] it once, when the program is done with it:
+    /// until then the server's window is smaller.
+    OneWay(Body),
+    /// The server has released the one-way message with this tag, which wanted a receipt, and all before it.
+    Receipt(u64),
+    /// The server takes no more one-way messages, and has dropped those that it had not released.
+    Refused,
+    /// The server asks: [`ClientTransport::answer`] it once. The number names the request in that.
+    Request(u64, Body),
 }
 
 /// A client that wants its connection to move to a queue pair.
@@ -444,6 +441,34 @@ pub trait ServerTransport {
     ) -> bool {
         let _ = (request, len, arena, fill);
         false
+    }
+
+    /// Sends something that the client has not asked for, with the next [`ServerTransport::flush`]. Messages
+    /// arrive in the order of these calls, and that of the answers among them.
+    ///
+    /// # Panics
+    /// If it is too long, or nothing is to be released.
+    fn push(
+        &mut self,
+        reactor: &mut Reactor,
+        connection: ConnectionId,
+        push: Push<'_>,
+    ) -> Result<(), NotPushed>;
+
+    /// Sends a one-way message.
+    fn send_one_way(
+        &mut self,
+        reactor: &mut Reactor,
+        connection: ConnectionId,
+        message: OneWay<'_>,
+    ) -> Result<(), NotPushed> {
+        self.push(reactor, connection, Push::OneWay(message))
+    }
+
+    /// Is done with the oldest one-way message of a connection that was reported and not released.
+    fn release(&mut self, reactor: &mut Reactor, connection: ConnectionId) {
+        // One whose connection has ended is released with that.
+        let _ = self.push(reactor, connection, Push::Release);
     }
 
     /// Starts sending what was answered since the last call, a batch for each connection.
@@ -905,6 +930,21 @@ pub trait ClientCore {
 
     /// Queues a ping at `now`; something must be received within `timeout`.
     fn ping(&mut self, now: Instant, timeout: Duration);
+
+    /// See [`ClientTransport::send_one_way`].
+    fn send_one_way(&mut self, message: OneWay<'_>) -> Result<(), NotPushed>;
+
+    /// See [`ClientTransport::release`].
+    fn release(&mut self);
+
+    /// See [`ClientTransport::refuse`].
+    fn refuse(&mut self);
+
+    /// See [`ClientTransport::answer`].
+    fn answer(&mut self, request: u64, status: Status, result: u64, body: &[u8]);
+
+    /// See [`ClientTransport::next_event`].
+    fn next_event(&mut self) -> Option<ClientEvent>;
 }
 
 /// The client's side of a transport: one connection, in one thread at a time. Nothing here blocks but
@@ -1045,6 +1085,43 @@ pub trait ClientTransport: Send {
     /// Sets the request timeout, from now on.
     fn set_request_timeout(&mut self, timeout: Duration) {
         self.core_mut().set_request_timeout(timeout);
+    }
+
+    /// Queues a one-way message; [`ClientTransport::flush`] sends it.
+    ///
+    /// # Panics
+    /// If it is too long.
+    fn send_one_way(&mut self, message: OneWay<'_>) -> Result<(), NotPushed> {
+        self.core_mut().send_one_way(message)
+    }
+
+    /// Is done with the oldest one-way message that was handed out and not released. A receipt, if one is
+    /// due, leaves with the next [`ClientTransport::flush`].
+    ///
+    /// # Panics
+    /// If there is none.
+    fn release(&mut self) {
+        self.core_mut().release();
+    }
+
+    /// Takes no more one-way messages, for the life of the connection: those under way are dropped.
+    fn refuse(&mut self) {
+        self.core_mut().refuse();
+    }
+
+    /// Answers a request of the server's, with a status, a result and a body of at most
+    /// [`crate::message::BODY_BYTES_MAX`] bytes; [`ClientTransport::flush`] sends it.
+    ///
+    /// # Panics
+    /// If it was answered before, or the body is too long.
+    fn answer(&mut self, request: u64, status: Status, result: u64, body: &[u8]) {
+        self.core_mut().answer(request, status, result, body);
+    }
+
+    /// The next thing that the server has sent without being asked, after [`ClientTransport::receive`]. Take
+    /// it until there is none. What had come before the connection ended can be taken afterwards.
+    fn next_event(&mut self) -> Option<ClientEvent> {
+        self.core_mut().next_event()
     }
 
     /// Asks the server whether it is there. Any sign of life within `timeout` is an answer; silence ends the

@@ -772,6 +772,10 @@ impl Worker {
                     self.unpublished = PUBLISHED_EVERY;
                     self.closed(id, &reason);
                 }
+                ServerEvent::OneWay(..)
+                | ServerEvent::Receipt(..)
+                | ServerEvent::Refused(_)
+                | ServerEvent::Answered(..) => unreachable!("the policy grants none"),
             }
         }
     }

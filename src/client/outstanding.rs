@@ -194,6 +194,7 @@ mod tests {
             keepalive: Duration::from_secs(1),
             queue_pair: false,
             linger: Duration::ZERO,
+            push: crate::handshake::PushWindows::NONE,
         }
     }
 

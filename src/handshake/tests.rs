@@ -35,6 +35,7 @@ fn offer() -> Offer {
         keepalive: Duration::from_millis(1500),
         name: "golden".into(),
         queue_pair: false,
+        push: PushWindows::NONE,
         tls: None,
     }
 }
@@ -54,6 +55,7 @@ fn grant() -> Grant {
         keepalive: Duration::from_secs(5),
         queue_pair: false,
         linger: Duration::ZERO,
+        push: PushWindows::NONE,
     }
 }
 
@@ -204,6 +206,42 @@ fn a_refusal_is_read_with_its_sentence() {
 }
 
 #[test]
+fn the_windows_of_what_nobody_asks_for_have_these_bytes() {
+    let offer = Offer { push: PushWindows { to_server: 1, to_client: 0x203, requests: 4 }, ..offer() };
+    let hello = offer.hello();
+    assert_eq!(&hello[hello.len() - 16..], hex("06 00 00 00 08 00 00 00  01 00 03 02 04 00 00 00"));
+    let policy = Policy { push: PushWindows { to_server: 9, to_client: 2, requests: 0 }, ..policy() };
+    let Ok(Parsed::Item((_, welcome), _)) = policy.welcome(&hello) else { panic!("not welcome") };
+    assert_eq!(&welcome[welcome.len() - 16..], hex("06 00 00 00 08 00 00 00  01 00 02 00 00 00 00 00"));
+}
+
+#[test]
+fn a_server_that_grants_more_than_was_offered_or_reserved_bits_break_the_protocol() {
+    let generous = |push: PushWindows, value: &[u8]| {
+        let offer = Offer { push, ..offer() };
+        let Ok(Parsed::Item((_, welcome), _)) = policy().welcome(&Offer { push, ..offer.clone() }.hello())
+        else {
+            panic!("not welcome")
+        };
+        let Ok(Parsed::Item((fixed, _), _)) = message::parse_handshake::<Welcome>(&welcome) else { panic!() };
+        let option = HandshakeOption { kind: OPTION_PUSH, flags: 0, value };
+        offer.grant(&message::encode_handshake(fixed, &[option])).err().map(|error| error.errno())
+    };
+    let push = PushWindows { to_server: 1, to_client: 2, requests: 3 };
+    assert_eq!(generous(push, &[1, 0, 2, 0, 3, 0, 0, 0]), None);
+    for value in [
+        [2, 0, 2, 0, 3, 0, 0, 0],
+        [1, 0, 3, 0, 3, 0, 0, 0],
+        [1, 0, 2, 0, 4, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1, 0],
+    ] {
+        assert_eq!(generous(push, &value), Some(libc::EPROTO), "{value:?}");
+    }
+    assert_eq!(generous(push, &[0; 7]), Some(libc::EPROTO));
+    assert_eq!(generous(PushWindows::NONE, &[1, 0, 0, 0, 0, 0, 0, 0]), Some(libc::EPROTO));
+}
+
+#[test]
 fn a_wrong_first_byte_is_enough_to_tell() {
     for bytes in [&b"R"[..], b"rai0", b"raio\n"] {
         assert!(matches!(policy().welcome(bytes), Err(Violation::Magic)));
@@ -265,7 +303,12 @@ proptest! {
         data_bytes_max in 4096u32..=u32::MAX,
         inline_bytes_max: u32,
         policy_keepalive_ms in 100u32..60_000,
+        push: [u16; 3],
+        push_max: [u16; 3],
     ) {
+        let windows = |[to_server, to_client, requests]: [u16; 3]| {
+            PushWindows { to_server, to_client, requests }
+        };
         let channel = channel.map(|(number, epoch, linger_ms)| ChannelOffer {
             number,
             epoch: epoch.max(1),
@@ -281,6 +324,7 @@ proptest! {
             keepalive: Duration::from_millis(keepalive_ms.into()),
             name: name.clone(),
             queue_pair: wants_queue_pair,
+            push: windows(push),
             tls: None,
         };
         let policy = Policy {
@@ -289,6 +333,7 @@ proptest! {
             inline_bytes_max,
             keepalive: Duration::from_millis(policy_keepalive_ms.into()),
             queue_pair: has_queue_pairs,
+            push: windows(push_max),
             ..Policy::default()
         };
         let Ok(Parsed::Item((peer, welcome), _)) = policy.welcome(&offer.hello()) else {
@@ -307,6 +352,8 @@ proptest! {
         prop_assert_eq!(grant.queue_pair, wants_queue_pair && has_queue_pairs);
         prop_assert!(grant.queue_depth >= 1 && grant.queue_depth <= depth_max);
         prop_assert!(queue_depth == 0 || grant.queue_depth <= queue_depth);
+        let granted = std::array::from_fn(|n| push[n].min(push_max[n]));
+        prop_assert_eq!(grant.push, windows(granted));
     }
 
     #[test]

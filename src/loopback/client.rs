@@ -110,7 +110,7 @@ impl LoopbackClient {
 
     /// The client of a connection that was granted this at `now`.
     fn new(end: LoopbackEnd, grant: Grant, now: Instant) -> Self {
-        end.set_receives(grant.credits() as usize + CONTROL_MESSAGES);
+        end.set_receives(grant.messages_max() + CONTROL_MESSAGES);
         Self { eventfd: Arc::clone(end.eventfd()), end: Some(end), core: Core::new(grant, now) }
     }
 

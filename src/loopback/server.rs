@@ -16,7 +16,9 @@ use crate::handshake::Policy;
 use crate::memory::{Slot, SlotRange};
 use crate::reactor::{Event, File, LoopClock, Op, OpId, Payload, Reactor, TimerId, Token};
 use crate::server::{DataSource, Due, MessageConnection, Outgoing, Taken};
-use crate::transport::{CloseReason, ConnectionId, RequestKey, Response, ServerEvent, ServerTransport};
+use crate::transport::{
+    CloseReason, ConnectionId, NotPushed, Push, RequestKey, Response, ServerEvent, ServerTransport,
+};
 use crate::tuning::CONTROL_MESSAGES;
 
 /// A connection's share of an iteration, in messages.
@@ -145,7 +147,7 @@ impl LoopbackServer {
         };
         if !connection.messages.core.is_open() {
             let (peer, welcome) = MessageConnection::<Vec<u8>>::on_hello(&self.policy, message)?;
-            connection.end.set_receives(peer.grant.credits() as usize + CONTROL_MESSAGES);
+            connection.end.set_receives(peer.grant.messages_max() + CONTROL_MESSAGES);
             connection.messages.open(&peer, Some(welcome), reactor.clock());
             self.dirty.push(id);
             self.events.push_back(ServerEvent::Opened(id, Box::new(peer)));
@@ -304,6 +306,12 @@ impl ServerTransport for LoopbackServer {
         let Some(connection) = self.get(request.connection) else { return };
         connection.messages.respond(request.id, response);
         self.dirty.push(request.connection);
+    }
+
+    fn push(&mut self, _reactor: &mut Reactor, id: ConnectionId, push: Push<'_>) -> Result<(), NotPushed> {
+        self.get(id).ok_or(NotPushed::Closed)?.messages.push(push)?;
+        self.dirty.push(id);
+        Ok(())
     }
 
     fn flush(&mut self, reactor: &mut Reactor) {

@@ -298,6 +298,72 @@ fn queue_pairs_have_these_bytes() {
 }
 
 #[test]
+fn one_way_messages_and_receipts_have_these_bytes() {
+    golden(
+        "07 00 10 00  00 00 00 00  00 00 00 00 00 00 00 00
+         00 00 00 00 00 00 00 00   0c 00 00 00  00 00 00 00
+         00 00 00 00  00 00 00 00
+         74 77 65 6c 76 65 20 62 79 74 65 73 00 00 00 00",
+        &PLAIN,
+        Message::OneWay(b"twelve bytes", false),
+        |out| encode_one_way(b"twelve bytes", false, false, out),
+    );
+    golden(
+        "07 01 00 00  00 00 00 00  00 00 00 00 00 00 00 00
+         00 00 00 00 00 00 00 00   00 00 00 00  00 00 00 00
+         00 00 00 00  00 00 00 00",
+        &PLAIN,
+        Message::OneWay(b"", true),
+        |out| encode_one_way(b"", true, false, out),
+    );
+    for (is_last, flags) in [(false, "00"), (true, "01")] {
+        let receipt = Receipt { released: ID, is_last };
+        golden(
+            &format!(
+                "08 {flags} 00 00  00 00 00 00  01 02 03 04 05 06 07 08
+                 00 00 00 00 00 00 00 00   00 00 00 00  00 00 00 00
+                 00 00 00 00  00 00 00 00"
+            ),
+            &PLAIN,
+            Message::Receipt(receipt),
+            |out| encode_receipt(receipt, false, out),
+        );
+    }
+}
+
+#[test]
+fn one_way_messages_with_other_lengths_or_reserved_bits_are_found_out() {
+    let mut good = Vec::new();
+    encode_one_way(b"twelve bytes", true, false, &mut good);
+    for (at, value, violation) in [
+        (1, 2, Violation::Reserved),              // a flag
+        (4, 1, Violation::Reserved),              // data
+        (8, 1, Violation::Reserved),              // an id
+        (16, 1, Violation::Reserved),             // the middle
+        (24, 17, Violation::Length),              // longer than the body
+        (24, 8, Violation::Length),               // a whole word shorter
+        (26, 1, Violation::Length),               // much longer
+        (28, 1, Violation::Reserved),             // behind the length
+        (32, 1, Violation::Reserved),             // a checksum
+        (good.len() - 1, 1, Violation::Reserved), // padding
+    ] {
+        let mut bytes = good.clone();
+        bytes[at] = value;
+        assert_eq!(parse(&bytes, &PLAIN), Err(violation), "at {at}");
+    }
+    let mut receipt = Vec::new();
+    encode_receipt(Receipt { released: 7, is_last: true }, false, &mut receipt);
+    for at in [2, 4, 16, 24, 32] {
+        let mut bytes = receipt.clone();
+        bytes[at] = 8;
+        bytes.extend([0; 8]);
+        assert_eq!(parse(&bytes, &PLAIN), Err(Violation::Reserved), "at {at}");
+    }
+    receipt[1] = 2;
+    assert_eq!(parse(&receipt, &PLAIN), Err(Violation::Reserved));
+}
+
+#[test]
 fn a_queue_pair_beyond_its_bounds_is_found_out() {
     let ours = QueuePairAddress {
         gid: [1; 16],
@@ -440,6 +506,8 @@ enum Sample {
     Goaway(Status, String),
     QueuePair(QueuePairAddress),
     NoQueuePair(Status, String),
+    OneWay(Vec<u8>, bool),
+    Receipt(Receipt),
 }
 
 fn any_queue_pair() -> impl Strategy<Value = QueuePairAddress> {
@@ -476,6 +544,8 @@ fn any_sample() -> impl Strategy<Value = Sample> {
         (any_status(), "\\PC{0,300}")
             .prop_filter("a failure", |(status, _)| !status.is_ok())
             .prop_map(|(status, text)| Sample::NoQueuePair(Status { retryable: false, ..status }, text)),
+        (any_body(), any::<bool>()).prop_map(|(message, wants)| Sample::OneWay(message, wants)),
+        any::<(u64, bool)>().prop_map(|(released, is_last)| Sample::Receipt(Receipt { released, is_last })),
     ]
 }
 
@@ -492,6 +562,8 @@ impl Sample {
             Self::Goaway(status, text) => encode_goaway(*status, text, crc, out),
             Self::QueuePair(address) => encode_queue_pair(Ok(address), crc, out),
             Self::NoQueuePair(status, text) => encode_queue_pair(Err((*status, text)), crc, out),
+            Self::OneWay(message, wants_receipt) => encode_one_way(message, *wants_receipt, crc, out),
+            Self::Receipt(receipt) => encode_receipt(*receipt, crc, out),
         }
     }
 
@@ -527,6 +599,10 @@ impl Sample {
             (Self::NoQueuePair(status, sentence), Message::QueuePair(Err((got, body)))) => {
                 got == status && text(body) == text(sentence.as_bytes())
             }
+            (Self::OneWay(message, wants), Message::OneWay(got, got_wants)) => {
+                message == got && wants == got_wants
+            }
+            (Self::Receipt(receipt), Message::Receipt(got)) => receipt == got,
             _ => false,
         }
     }

@@ -27,14 +27,14 @@ use super::out_of_band::port_of;
 use super::queue_pair::{Completion, Failure, Message as Received, QueuePair, Size, registrations};
 use super::{HANDSHAKE_MESSAGES, MESSAGE_BYTES, RdmaIncoming, no_rdma, rejection, request};
 use crate::error::{Error, Status, Violation};
-use crate::handshake::Policy;
+use crate::handshake::{Policy, PushWindows};
 use crate::memory::{Arena, Mapping, Slot, SlotRange};
 use crate::message::{Link, QueuePairAddress, RemoteRegion};
 use crate::reactor::{Event, File, LoopClock, Op, Payload, Reactor, TimerId, Token};
 use crate::server::{DataSource, Due, MessageConnection, Outgoing, Phase, Taken};
 use crate::transport::{
-    self, ALIVE_FOR, CloseReason, ConnectionId, Handover, QueuePairMemory, RequestKey, Response,
-    ServerCounters, ServerEvent, ServerTransport, UpgradeRequest,
+    self, ALIVE_FOR, CloseReason, ConnectionId, Handover, NotPushed, Push, QueuePairMemory, RequestKey,
+    Response, ServerCounters, ServerEvent, ServerTransport, UpgradeRequest,
 };
 use crate::tuning::{
     CONTROL_MESSAGES, PROBE_EVERY, QUEUE_COMPLETIONS_MAX, SEND_RING_BYTES, WORK_REQUESTS_MIN,
@@ -221,7 +221,8 @@ impl RdmaServer {
             id.reject(&rejection(libc::EOPNOTSUPP, text));
             return Err(Error::Unsupported(text.into()));
         }
-        let size = size_for(policy.queue_depth as usize + 1, policy.inline_bytes_max, reads_max);
+        let credits = policy.queue_depth as usize + 1;
+        let size = size_for(credits, policy.push.messages(), policy.inline_bytes_max, reads_max);
         // What the handshake takes; the rest is asked for when it has said how many credits there are.
         let memory = match (self.memory)(peer, size.send_bytes + messages_bytes(HANDSHAKE_MESSAGES, &size)) {
             Ok(memory) => memory,
@@ -293,7 +294,7 @@ impl RdmaServer {
             ));
         }
         let credits = grant.credits() as usize;
-        let size = size_for(credits, grant.inline_bytes_max, reads_max);
+        let size = size_for(credits, grant.push.messages(), grant.inline_bytes_max, reads_max);
         let memory = (self.memory)(Some(remote), size.send_bytes + messages_bytes(size.receives, &size))
             .map_err(|text| at.failed(text.trim_end_matches('.')))?;
         self.generation = self.generation.wrapping_add(1) & 0x3fff_ffff;
@@ -305,7 +306,7 @@ impl RdmaServer {
         let ours = qp.address(&at, theirs.peer_psn, theirs.psn, 0);
         qp.init(&at, false)
             .map_err(|source| at.failed(format!("the port takes no queue pair ({source})")))?;
-        qp.provide_receives(credits + CONTROL_MESSAGES).map_err(|error| at.failed(error))?;
+        qp.provide_receives(size.receives).map_err(|error| at.failed(error))?;
         qp.arm().map_err(|source| at.failed(format!("its completions cannot be watched ({source})")))?;
         qp.join(&at, &ours, theirs, reads_max).map_err(|source| {
             at.failed(format!(
@@ -511,8 +512,9 @@ impl RdmaServer {
         let policy = &self.ports[connection.port].policy;
         let (peer, welcome) = MessageConnection::<()>::on_hello(policy, connection.qp.bytes(&message))?;
         connection.qp.give_back(message);
-        let receives = peer.grant.credits() as usize + CONTROL_MESSAGES;
-        let size = size_for(receives - CONTROL_MESSAGES, self.policy.inline_bytes_max, 0);
+        let (credits, pushes) = (peer.grant.credits() as usize, peer.grant.push.messages());
+        let size = size_for(credits, pushes, self.policy.inline_bytes_max, 0);
+        let receives = size.receives;
         let further = messages_bytes(receives.saturating_sub(HANDSHAKE_MESSAGES), &size);
         let provided = (self.memory)(connection.peer, further).and_then(|memory| {
             connection.memory.push(memory);
@@ -801,12 +803,12 @@ fn plus(one: ServerCounters, other: ServerCounters) -> ServerCounters {
     }
 }
 
-/// The queue pair of a connection with so many credits.
-fn size_for(credits: usize, inline_bytes_max: u32, reads_max: u8) -> Size {
+/// The queue pair of a connection with so many credits, and so many messages that nobody has asked for.
+fn size_for(credits: usize, pushes: usize, inline_bytes_max: u32, reads_max: u8) -> Size {
     Size {
-        // A WRITE and a SEND for each response, and control messages.
+        // A WRITE and a SEND for each response, and control messages. Pushes wait for room.
         sends: 2 * credits + CONTROL_MESSAGES + usize::from(reads_max),
-        receives: credits + CONTROL_MESSAGES,
+        receives: credits + pushes + CONTROL_MESSAGES,
         receive_bytes: MESSAGE_BYTES + inline_bytes_max as usize,
         send_bytes: SEND_RING_BYTES,
     }
@@ -824,10 +826,18 @@ fn within(policy: &Arc<Policy>, limits: &Limits, device: &Device) -> Arc<Policy>
     let mut within = Policy::clone(policy);
     // Receives, and for each credit a WRITE and a SEND: see `adopt`. The send queue may be shorter, for what
     // has no room waits.
-    let receives = limits.work_requests.saturating_sub(CONTROL_MESSAGES + 1);
-    let completions =
-        limits.completions.saturating_sub(2 * CONTROL_MESSAGES + usize::from(limits.reads_out) + 3) / 3;
-    let depth = receives.min(completions).max(1) as u32;
+    let depth_with = |pushes: usize| {
+        let receives = limits.work_requests.saturating_sub(CONTROL_MESSAGES + 1 + pushes);
+        let others = 2 * CONTROL_MESSAGES + usize::from(limits.reads_out) + 3 + pushes;
+        let completions = limits.completions.saturating_sub(others) / 3;
+        receives.min(completions).max(1) as u32
+    };
+    let mut depth = depth_with(within.push.messages());
+    if depth < within.queue_depth {
+        // Requests come first.
+        within.push = PushWindows::NONE;
+        depth = depth_with(0);
+    }
     if depth < within.queue_depth {
         tracing::warn!(
             name: "rdma-queues-small",
@@ -975,6 +985,12 @@ impl ServerTransport for RdmaServer {
             connection.qp.give_back(message);
         }
         self.mark_dirty(request.connection);
+    }
+
+    fn push(&mut self, _reactor: &mut Reactor, id: ConnectionId, push: Push<'_>) -> Result<(), NotPushed> {
+        self.get_alive(id).ok_or(NotPushed::Closed)?.messages.push(push)?;
+        self.mark_dirty(id);
+        Ok(())
     }
 
     fn flush(&mut self, reactor: &mut Reactor) {

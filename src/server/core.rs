@@ -1,14 +1,16 @@
 //! What a server does with a connection on every transport: phases, credits, ids, limits, deadlines.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::InFlight;
 use crate::error::{Status, Violation};
 use crate::handshake::{Peer, Policy};
 use crate::message::{self, Kind, Limits, Message};
+use crate::push::{Asked, NotPushed, OneWays};
 use crate::reactor::LoopClock;
 use crate::trace::Clock;
-use crate::transport::{CloseReason, ConnectionId, RequestKey, ServerEvent, SlotRange};
+use crate::transport::{CloseReason, ConnectionId, Push, RequestKey, ServerEvent, SlotRange};
 use crate::tuning::{KEEPALIVES_MISSED_MAX, LINGER};
 
 /// How far a connection has come.
@@ -61,6 +63,10 @@ pub(crate) struct ConnectionCore<R> {
     /// The most requests in flight.
     credits: usize,
     pub in_flight: InFlight<R>,
+    one_ways: OneWays,
+    asked: Asked,
+    /// The most messages that it may have to take in: [`crate::handshake::Grant::messages_max`].
+    messages_max: usize,
     /// How often the peer promised to send something; zero: it did not.
     keepalive: Duration,
     /// Something has come since the last such interval began.
@@ -82,6 +88,9 @@ impl<R> ConnectionCore<R> {
             has_channel: false,
             credits: 0,
             in_flight: InFlight::default(),
+            one_ways: OneWays::default(),
+            asked: Asked::default(),
+            messages_max: 0,
             keepalive: Duration::ZERO,
             is_heard: false,
             missed: 0,
@@ -128,6 +137,9 @@ impl<R> ConnectionCore<R> {
         self.pong_time = peer.grant.pong_time();
         self.has_channel = peer.channel.is_some();
         self.credits = peer.grant.credits() as usize;
+        self.one_ways = OneWays::of_server(&peer.grant.push);
+        self.asked = Asked::new(&peer.grant.push);
+        self.messages_max = peer.grant.messages_max();
         self.keepalive = peer.keepalive;
         self.is_heard = true;
         self.deadline = (!peer.keepalive.is_zero()).then(|| clock.now() + peer.keepalive);
@@ -156,7 +168,61 @@ impl<R> ConnectionCore<R> {
         Ok(())
     }
 
-    /// What a message that is no request calls for.
+    /// The most messages that either side has sent and the other has not taken in.
+    pub fn messages_max(&self) -> usize {
+        self.messages_max
+    }
+
+    /// How many one-way messages of the peer's the program has not released.
+    pub fn one_ways_held(&self) -> usize {
+        self.one_ways.held()
+    }
+
+    /// Appends what is sent that the peer has not asked for to `out`, if anything is.
+    pub fn push(&mut self, push: Push<'_>, out: &mut Vec<u8>) -> Result<(), NotPushed> {
+        if !self.is_open() {
+            return Err(NotPushed::Closed);
+        }
+        let crc = self.limits.crc;
+        match push {
+            Push::OneWay(message) => self.one_ways.send(message, crc, out)?,
+            Push::Release => self.one_ways.release(crc, out),
+            Push::Refuse => self.one_ways.refuse(crc, out),
+            Push::Request(tag, body) => self.asked.send(tag, body, crc, out)?,
+        }
+        Ok(())
+    }
+
+    /// Takes in a one-way message, a receipt, or the answer to a request of this side's. Returns false if it
+    /// is none of them.
+    pub fn on_push(
+        &mut self,
+        message: &Message<'_>,
+        events: &mut VecDeque<ServerEvent>,
+    ) -> Result<bool, Violation> {
+        let id = self.id;
+        match message {
+            Message::OneWay(message, wants_receipt) => {
+                if self.one_ways.on_message(*wants_receipt)? {
+                    events.push_back(ServerEvent::OneWay(id, (*message).into()));
+                }
+            }
+            Message::Receipt(receipt) => {
+                let receipted = |tag| events.push_back(ServerEvent::Receipt(id, tag));
+                if self.one_ways.on_receipt(*receipt, receipted)? {
+                    events.push_back(ServerEvent::Refused(id));
+                }
+            }
+            Message::Response(response, body) => {
+                let answer = self.asked.on_response(response, body)?;
+                events.push_back(ServerEvent::Answered(id, answer));
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// What a message that is neither a request nor [`ConnectionCore::on_push`]'s calls for.
     pub fn on_control(&self, message: &Message<'_>) -> Result<Control, Violation> {
         match message {
             Message::Ping(id) => Ok(Control::Pong(*id)),
@@ -166,8 +232,10 @@ impl<R> ConnectionCore<R> {
             }
             Message::Goaway(status, _) => Ok(Control::Closed(self.ended_by(*status))),
             Message::Request(..) => Err(Violation::Kind(Kind::Request as u8)),
-            Message::Response(..) => Err(Violation::Kind(Kind::Response as u8)),
             Message::QueuePair(..) => Err(Violation::Kind(Kind::QueuePair as u8)),
+            Message::Response(..) | Message::OneWay(..) | Message::Receipt(_) => {
+                unreachable!("the callers take these in")
+            }
         }
     }
 
@@ -387,6 +455,8 @@ pub(crate) mod tests {
         let run = Run::open(Duration::ZERO);
         assert_eq!(run.core.on_control(&Message::Ping(9)), Ok(Control::Pong(9)));
         let response = message::ResponseHeader::of_data(1, 0);
-        assert_eq!(run.core.on_control(&Message::Response(response, &[])), Err(Violation::Kind(2)));
+        let mut run = run;
+        let taken = run.core.on_push(&Message::Response(response, &[]), &mut VecDeque::new());
+        assert_eq!(taken, Err(Violation::Kind(2)));
     }
 }

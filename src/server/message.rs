@@ -14,7 +14,9 @@ use crate::error::{Status, Violation};
 use crate::handshake::{Peer, Policy};
 use crate::message::{self, HANDSHAKE_BYTES_MAX, Message, Parsed, RemoteRegion};
 use crate::reactor::LoopClock;
-use crate::transport::{CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, SlotRange};
+use crate::transport::{
+    CloseReason, ConnectionId, NotPushed, Push, Request, RequestKey, Response, ServerEvent, SlotRange,
+};
 use crate::tuning::CONTROL_MESSAGES;
 
 /// What is to be sent.
@@ -125,6 +127,9 @@ impl<I> MessageConnection<I> {
             return Err(Violation::Length);
         };
         let Message::Request(request, body) = parsed else {
+            if self.core.on_push(&parsed, events)? {
+                return Ok(Taken::Bytes(taken));
+            }
             return match self.core.on_control(&parsed)? {
                 Control::Pong(id) => {
                     let mut pong = Vec::new();
@@ -215,6 +220,16 @@ impl<I> MessageConnection<I> {
         inline
     }
 
+    /// Sends something that the peer has not asked for.
+    pub fn push(&mut self, push: Push<'_>) -> Result<(), NotPushed> {
+        let mut message = Vec::new();
+        self.core.push(push, &mut message)?;
+        if !message.is_empty() {
+            self.unsent.push_back(Outgoing::Message(message));
+        }
+        Ok(())
+    }
+
     /// The next thing to send.
     pub fn poll_send(&mut self) -> Option<Outgoing> {
         let outgoing = self.unsent.pop_front()?;
@@ -250,7 +265,7 @@ impl<I> MessageConnection<I> {
 
     /// Whether so much is unsent that nothing more is taken in.
     pub fn is_behind(&self) -> bool {
-        self.unsent.len() > self.core.credits() + CONTROL_MESSAGES
+        self.unsent.len() > self.core.messages_max() + CONTROL_MESSAGES
     }
 
     /// Bytes of the slots in what is unsent.
@@ -311,7 +326,11 @@ impl<I> MessageConnection<I> {
         events.retain(|event| match event {
             ServerEvent::Request(request) => request.key.connection != id,
             ServerEvent::Fetched(key, _) | ServerEvent::Damaged(key, _) => key.connection != id,
-            _ => true,
+            ServerEvent::OneWay(connection, _)
+            | ServerEvent::Receipt(connection, _)
+            | ServerEvent::Refused(connection)
+            | ServerEvent::Answered(connection, _) => *connection != id,
+            ServerEvent::Opened(..) | ServerEvent::Moved(..) | ServerEvent::Closed(..) => true,
         });
         events.push_back(ServerEvent::Closed(id, reason));
     }

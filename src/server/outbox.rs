@@ -67,6 +67,13 @@ impl Outbox {
         self.push_bytes(spare, write);
     }
 
+    /// Appends a message that the peer has not asked for.
+    pub fn push_unasked(&mut self, spare: &mut SpareBatches, message: &[u8]) {
+        self.next_count += 1;
+        self.next_heap += SMALL_RESPONSE_HEAP + message.len();
+        self.push_bytes(spare, |out| out.extend_from_slice(message));
+    }
+
     /// Appends a response.
     /// `crc`: all messages have checksums; `has_crc`: this one has.
     pub fn push_response(

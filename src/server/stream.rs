@@ -22,7 +22,8 @@ use crate::reactor::{LoopClock, SendBatch};
 use crate::records::Records;
 use crate::tls::kernel::ControlRecord;
 use crate::transport::{
-    ALIVE_FOR, AcceptedStream, CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent,
+    ALIVE_FOR, AcceptedStream, CloseReason, ConnectionId, NotPushed, Push, Request, RequestKey, Response,
+    ServerEvent,
 };
 use crate::tuning::{
     BODY_COUNTED_MIN, DIRECT_BYTES_MIN, HEAP_BASE, HEAP_MESSAGES, HEAP_PART, LARGE_RECEIVE_BYTES,
@@ -47,6 +48,8 @@ pub(crate) struct StreamShared {
     /// Connections with something to send since the last flush.
     pub dirty: Vec<u32>,
     pub spare: SpareBatches,
+    /// The message that is being made; kept for its memory.
+    pushed: Vec<u8>,
     /// Connections whose receives are large.
     large_receives: usize,
     /// Heap that connections cause beyond [`HEAP_BASE`] each, and how much it may be.
@@ -71,6 +74,7 @@ impl StreamShared {
             upgraded: 0,
             dirty: Vec::new(),
             spare: SpareBatches::default(),
+            pushed: Vec::new(),
             large_receives: 0,
             heap_bytes: 0,
             heap_max: usize::MAX,
@@ -663,7 +667,23 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
         if let Message::Request(request, body) = message {
             return self.on_request(&request, body, shared);
         }
+        if matches!(message, Message::OneWay(..) | Message::Receipt(_) | Message::Response(..)) {
+            self.stays_a_stream(message.kind())?;
+            self.progress.messages_in += 1;
+            return self.core.on_push(&message, &mut shared.events).map(|_| ());
+        }
         self.on_control(message, shared, clock)
+    }
+
+    /// A message has come that only a connection is sent that does not move to a queue pair.
+    fn stays_a_stream(&mut self, kind: Kind) -> Result<(), Violation> {
+        match self.upgrade {
+            UpgradeState::None => {}
+            // It stays.
+            UpgradeState::Offered(_) => self.upgrade = UpgradeState::None,
+            UpgradeState::Requested | UpgradeState::Upgraded(_) => return Err(Violation::Kind(kind as u8)),
+        }
+        Ok(())
     }
 
     #[cold]
@@ -705,14 +725,7 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
         body: &[u8],
         shared: &mut StreamShared,
     ) -> Result<(), Violation> {
-        match self.upgrade {
-            UpgradeState::None => {}
-            // It stays.
-            UpgradeState::Offered(_) => self.upgrade = UpgradeState::None,
-            UpgradeState::Requested | UpgradeState::Upgraded(_) => {
-                return Err(Violation::Kind(Kind::Request as u8));
-            }
-        }
+        self.stays_a_stream(Kind::Request)?;
         let region_len = request.region_in_len();
         let body_heap = if request.body_len < BODY_COUNTED_MIN { 0 } else { request.body_len };
         self.core.admit(request.id, StreamRequest { region_len, body_heap, has_crc: request.has_crc })?;
@@ -819,6 +832,17 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
         self.core.in_flight.remove_at(position);
         self.mark_dirty(shared);
         true
+    }
+
+    /// Sends something that the peer has not asked for.
+    pub fn push(&mut self, push: Push<'_>, shared: &mut StreamShared) -> Result<(), NotPushed> {
+        shared.pushed.clear();
+        self.core.push(push, &mut shared.pushed)?;
+        if !shared.pushed.is_empty() {
+            self.outbox.push_unasked(&mut shared.spare, &shared.pushed);
+            self.mark_dirty(shared);
+        }
+        Ok(())
     }
 
     /// Answers a client that wants to move to a queue pair: it moves to this connection, whose end there this
@@ -979,7 +1003,8 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
 
     /// Heap that its messages cause.
     fn messages_heap(&self) -> usize {
-        self.core.in_flight.len() * REQUEST_HEAP + self.bodies_heap + self.outbox.heap()
+        let messages = self.core.in_flight.len() + self.core.one_ways_held();
+        messages * REQUEST_HEAP + self.bodies_heap + self.outbox.heap()
     }
 
     /// ... and all else that it causes beyond what every connection does.

@@ -26,8 +26,8 @@ use crate::reactor::{
 use crate::server::{Close, Receive, StreamConnection, StreamShared};
 use crate::tls::kernel::END;
 use crate::transport::{
-    Accepted, AcceptedStream, CloseReason, ConnectionId, Handover, Passed, RequestKey, Response, ServerEvent,
-    ServerTransport, UpgradeRequest,
+    Accepted, AcceptedStream, CloseReason, ConnectionId, Handover, NotPushed, Passed, Push, RequestKey,
+    Response, ServerEvent, ServerTransport, UpgradeRequest,
 };
 use watch::{Verdict, Watch};
 
@@ -487,6 +487,13 @@ impl ServerTransport for TcpServer {
         if connection.settle(&mut self.shared) {
             self.attend(reactor, id);
         }
+    }
+
+    fn push(&mut self, _reactor: &mut Reactor, id: ConnectionId, push: Push<'_>) -> Result<(), NotPushed> {
+        let connection = entry(&mut self.entries, id).ok_or(NotPushed::Closed)?;
+        let pushed = connection.stream.push(push, &mut self.shared);
+        connection.stream.settle_heap(&mut self.shared);
+        pushed
     }
 
     fn respond_filled(

@@ -14,19 +14,22 @@ use std::time::{Duration, Instant};
 
 use raio_transport::credentials::Credentials;
 use raio_transport::error::{Error, Status};
-use raio_transport::handshake::{Offer, Peer, Policy};
+use raio_transport::handshake::{Offer, Peer, Policy, PushWindows};
 use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::message;
 use raio_transport::reactor::{self, Reactor, Sender, Token, Wait, mailbox};
 use raio_transport::tls::{ClientTls, ServerTls};
 use raio_transport::transport::{
-    Accepted, AcceptedStream, Body, Bulk, ClientTransport, CloseReason, ConnectionId, Incoming, Listener,
-    Reply, Request, RequestKey, Response, SendOptions, ServerCounters, ServerEvent, ServerTransport,
-    SlotRange,
+    self, Accepted, AcceptedStream, Body, Bulk, ClientEvent, ClientTransport, CloseReason, ConnectionId,
+    Incoming, Listener, OneWay, Push, Reply, Request, RequestKey, Response, SendOptions, ServerCounters,
+    ServerEvent, ServerTransport, SlotRange,
 };
 use raio_transport::{loopback, mux, rdma, tcp};
 
 use crate::tls_peer::{self, unsealed};
+
+/// What a server grants of what nobody asks for.
+pub const PUSH: PushWindows = PushWindows { to_server: 64, to_client: 64, requests: 16 };
 
 /// Nothing in these tests takes so long unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -154,6 +157,14 @@ pub enum Op {
     Release,
     /// Closes its connection, with an error message.
     Close,
+    /// From now on one-way messages stay unreleased; its argument releases so many, and then does so.
+    Keep,
+    /// Takes no more one-way messages.
+    RefuseOneWay,
+    /// Sends so many one-way messages, each with its number and a receipt wanted, as many as are taken.
+    Shout,
+    /// Asks so many questions, each with its number. The response says how many were taken.
+    Ask,
 }
 
 /// A command.
@@ -162,6 +173,11 @@ pub fn command(op: Op, argument: u64) -> [u8; 16] {
     body[..8].copy_from_slice(&(op as u64).to_le_bytes());
     body[8..].copy_from_slice(&argument.to_le_bytes());
     body
+}
+
+/// The server's n-th one-way message, or question.
+pub fn shout(n: u64) -> Vec<u8> {
+    pattern(n, 8 + (n as usize * 37) % 700)
 }
 
 /// Data that differs by seed and by position.
@@ -208,6 +224,14 @@ pub struct Seen {
     pub connections: usize,
     /// What the RDMA transport has counted.
     pub rdma: ServerCounters,
+    /// One-way messages, in order.
+    pub one_ways: Vec<(ConnectionId, Vec<u8>)>,
+    /// Tags that have receipts, in order.
+    pub receipts: Vec<u64>,
+    /// How many clients have refused one-way messages.
+    pub refused: u64,
+    /// Answers to questions, in order.
+    pub answers: Vec<transport::Answer>,
 }
 
 impl Seen {
@@ -251,7 +275,7 @@ pub struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        let policy = Policy { queue_depth: 16, data_bytes_max: 256 << 10, ..Policy::default() };
+        let policy = Policy { queue_depth: 16, data_bytes_max: 256 << 10, push: PUSH, ..Policy::default() };
         Self { policy, workers: 1, arena_bytes: 16 << 20, event_loop: None }
     }
 }
@@ -571,6 +595,9 @@ struct Handler {
 }
 
 struct Open {
+    /// One-way messages are not released.
+    keeps: bool,
+    kept: usize,
     unanswered: Vec<u64>,
     /// How many that may be.
     credits: usize,
@@ -655,8 +682,8 @@ impl Handler {
             }
             ServerEvent::Opened(id, peer) => {
                 let is_bystander = peer.name == BYSTANDER;
-                let open =
-                    Open { unanswered: Vec::new(), credits: peer.grant.credits() as usize, is_bystander };
+                let credits = peer.grant.credits() as usize;
+                let open = Open { keeps: false, kept: 0, unanswered: Vec::new(), credits, is_bystander };
                 assert!(self.open.insert(id, open).is_none(), "a connection opens once");
                 if !is_bystander {
                     self.seen.0.lock().unwrap().opened.push((id, *peer));
@@ -701,6 +728,27 @@ impl Handler {
             ServerEvent::Damaged(key, _) => {
                 self.fetching.remove(&key).expect("it was asked for");
                 self.answer(reactor, key, Status::DAMAGED, 0, &[], None);
+            }
+            ServerEvent::OneWay(id, message) => {
+                let open = self.open.get_mut(&id).expect("one-way messages come by open connections");
+                if open.keeps {
+                    open.kept += 1;
+                } else {
+                    self.wires.transport().release(reactor, id);
+                }
+                self.seen.0.lock().unwrap().one_ways.push((id, message.to_vec()));
+            }
+            ServerEvent::Receipt(id, tag) => {
+                assert!(self.open.contains_key(&id));
+                self.seen.0.lock().unwrap().receipts.push(tag);
+            }
+            ServerEvent::Refused(id) => {
+                assert!(self.open.contains_key(&id));
+                self.seen.0.lock().unwrap().refused += 1;
+            }
+            ServerEvent::Answered(id, answer) => {
+                assert!(self.open.contains_key(&id));
+                self.seen.0.lock().unwrap().answers.push(answer);
             }
         }
     }
@@ -748,6 +796,36 @@ impl Handler {
             op if op == Op::Close as u64 => {
                 let text = "The server has had enough. Come back tomorrow.";
                 self.wires.transport().close(reactor, key.connection, Status::policy(libc::EPERM), text);
+            }
+            op if op == Op::Keep as u64 => {
+                let open = self.open.get_mut(&key.connection).expect("it has asked");
+                let released = open.kept.min(argument as usize);
+                open.kept -= released;
+                open.keeps = true;
+                for _ in 0..released {
+                    self.wires.transport().release(reactor, key.connection);
+                }
+                self.answer(reactor, key, Status::OK, released as u64, &[], None);
+            }
+            op if op == Op::RefuseOneWay as u64 => {
+                self.wires.transport().push(reactor, key.connection, Push::Refuse).unwrap();
+                self.answer(reactor, key, Status::OK, 0, &[], None);
+            }
+            op if op == Op::Shout as u64 => {
+                let sent = (0..argument).take_while(|&tag| {
+                    let message = OneWay { message: &shout(tag), tag, wants_receipt: true };
+                    self.wires.transport().send_one_way(reactor, key.connection, message).is_ok()
+                });
+                let sent = sent.count() as u64;
+                self.answer(reactor, key, Status::OK, sent, &[], None);
+            }
+            op if op == Op::Ask as u64 => {
+                let asked = (0..argument).take_while(|&tag| {
+                    let question = Push::Request(tag, &shout(tag));
+                    self.wires.transport().push(reactor, key.connection, question).is_ok()
+                });
+                let asked = asked.count() as u64;
+                self.answer(reactor, key, Status::OK, asked, &[], None);
             }
             _ => self.answer(reactor, key, Status::OK, request.body.len() as u64, &request.body, None),
         }
@@ -838,6 +916,26 @@ impl Client {
             }
         }
         self.replies.remove(0)
+    }
+
+    /// Flushes, and gives the next thing that the server sends without being asked.
+    pub fn next_event(&mut self) -> ClientEvent {
+        self.transport.flush();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(event) = self.transport.next_event() {
+                return event;
+            }
+            assert!(Instant::now() < deadline, "no event came; failure: {:?}", self.transport.failure());
+            self.transport.wait(Some(deadline)).unwrap();
+            self.transport.receive(&mut self.replies);
+            self.transport.flush();
+        }
+    }
+
+    /// Sends a one-way message, which must be taken.
+    pub fn push(&mut self, tag: u64, message: &[u8], wants_receipt: bool) {
+        self.transport.send_one_way(OneWay { message, tag, wants_receipt }).expect("there is room");
     }
 
     /// One request and its reply.

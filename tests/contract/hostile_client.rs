@@ -46,7 +46,13 @@ contract! {
         for (n, (what, bytes, violation)) in [
             ("a response", response, Violation::Kind(2)),
             ("kind 0", changed(0, 0), Violation::Kind(0)),
-            ("kind 7", changed(0, 7), Violation::Kind(7)),
+            ("a one-way message", encoded(|out| {
+                message::encode_one_way(b"now", true, false, out);
+            }), Violation::Kind(7)),
+            ("a receipt", encoded(|out| {
+                message::encode_receipt(message::Receipt { released: 1, is_last: false }, false, out);
+            }), Violation::Kind(8)),
+            ("kind 9", changed(0, 9), Violation::Kind(9)),
             ("a queue pair that nobody offered to take", encoded(|out| {
                 message::encode_queue_pair(Ok(&crate::upgrade::SOME_ADDRESS), false, out);
             }), Violation::Kind(6)),

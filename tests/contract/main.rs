@@ -87,6 +87,7 @@ mod hostile_server;
 mod keepalive;
 mod ktls;
 mod ordinary;
+mod push;
 #[path = "../random/mod.rs"]
 mod random;
 mod raw;

@@ -43,6 +43,8 @@ pub enum Got {
     Ping(u64),
     Pong(u64),
     Goaway(Status, String),
+    OneWay(Vec<u8>, bool),
+    Receipt(message::Receipt),
     QueuePair(Result<QueuePairAddress, (Status, String)>),
     /// The other side is gone.
     End,
@@ -96,7 +98,7 @@ impl Raw {
         raw.send_queue_pair(&ours);
         let theirs = raw.next_queue_pair();
         raw.join(end, &ours, &theirs);
-        raw.set_receives(grant.credits() as usize + 8);
+        raw.set_receives(grant.messages_max() + 8);
         (raw, grant)
     }
 
@@ -139,7 +141,7 @@ impl Raw {
         let bytes = raw.handshake_bytes().expect("a welcome comes");
         let Parsed::Item(grant, _) = offer.grant(&bytes).unwrap() else { panic!("half a welcome") };
         (raw.limits.crc, raw.limits.request_crc) = (grant.limits().crc, grant.limits().request_crc);
-        raw.set_receives(grant.credits() as usize + 8);
+        raw.set_receives(grant.messages_max() + 8);
         (raw, grant)
     }
 
@@ -163,7 +165,11 @@ impl Raw {
         features: u64,
         busy: Duration,
     ) -> (Client, Self) {
-        let offer = Offer { features, ..Offer::new("test") };
+        Self::server_for(transport, policy, Offer { features, ..Offer::new("test") }, busy)
+    }
+
+    /// The same, for a client that offers this.
+    pub fn server_for(transport: Transport, policy: &Policy, offer: Offer, busy: Duration) -> (Client, Self) {
         let (client, mut raw) = Self::server_before_handshake(transport, offer);
         let hello = raw.handshake_bytes().expect("a hello comes");
         let policy = Policy { queue_pair: transport == Transport::RdmaAfterTcp, ..policy.clone() };
@@ -315,6 +321,18 @@ impl Raw {
                     std::thread::sleep(Duration::from_millis(1));
                 }
                 false
+            }
+        }
+    }
+
+    /// Sends whole messages without data, each alone, as far as they are taken.
+    pub fn send_each(&mut self, mut messages: &[u8]) {
+        let limits = self.limits;
+        while let Some((_, len)) = got(messages, &limits) {
+            self.send(&messages[..len]);
+            messages = &messages[len..];
+            if messages.is_empty() {
+                break;
             }
         }
     }
@@ -518,6 +536,8 @@ fn got(bytes: &[u8], limits: &Limits) -> Option<(Got, usize)> {
         Message::Ping(id) => Got::Ping(id),
         Message::Pong(id, _) => Got::Pong(id),
         Message::Goaway(status, text) => Got::Goaway(status, message::text(text)),
+        Message::OneWay(message, wants_receipt) => Got::OneWay(message.to_vec(), wants_receipt),
+        Message::Receipt(receipt) => Got::Receipt(receipt),
         Message::QueuePair(what) => {
             Got::QueuePair(what.map_err(|(status, text)| (status, message::text(text))))
         }

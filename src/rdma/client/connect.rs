@@ -94,7 +94,7 @@ impl RdmaDial {
                         self.state = State::ShakingHands(parts, offer);
                         return Ok(None);
                     };
-                    parts.qp.provide_receives(grant.credits() as usize + CONTROL_MESSAGES)?;
+                    parts.qp.provide_receives(grant.messages_max() + CONTROL_MESSAGES)?;
                     return RdmaClient::assemble(parts, grant, None, now).map(Some);
                 }
                 State::Over => return Ok(None),
@@ -175,13 +175,15 @@ impl RdmaDial {
             return Err(failed(std::io::Error::from_raw_os_error(libc::ENODEV)));
         };
         let limits = device.limits().map_err(failed)?;
-        let depth_max = limits.work_requests.min(limits.completions).saturating_sub(2 * CONTROL_MESSAGES + 1);
+        let pushes = self.offer.push.messages();
+        let others = 2 * CONTROL_MESSAGES + 1 + pushes;
+        let depth_max = limits.work_requests.min(limits.completions).saturating_sub(others);
         let wanted = if self.offer.queue_depth == 0 { RDMA_DEPTH_DEFAULT } else { self.offer.queue_depth };
         let offer = Offer { queue_depth: wanted.min(depth_max.max(1) as u32), ..self.offer.clone() };
         let credits = offer.queue_depth as usize + 1;
         let domain = Domain::new(device)?;
         let channel = CompletionChannel::new(device)?;
-        let size = size_for(credits, limits.has_windows);
+        let size = size_for(credits, pushes, limits.has_windows);
         let mut qp = QueuePair::new(Some(id), &domain, &channel, 0, &limits, &size, false)?;
         qp.provide_receives(HANDSHAKE_MESSAGES)?;
         qp.id().connect(&request(), limits.reads_in).map_err(failed)?;
@@ -329,8 +331,9 @@ fn unconnected(at: &PortAddress, grant: &Grant) -> Result<(Parts, QueuePairAddre
     let limits =
         at.device.limits().map_err(|source| Error::io("the device does not tell its limits", source))?;
     let credits = grant.credits() as usize;
-    let size = size_for(credits, limits.has_windows);
-    if credits + 2 * CONTROL_MESSAGES > limits.work_requests.min(limits.completions) {
+    let pushes = grant.push.messages();
+    let size = size_for(credits, pushes, limits.has_windows);
+    if credits + pushes + 2 * CONTROL_MESSAGES > limits.work_requests.min(limits.completions) {
         return unfit(format!("has no queues for the {credits} requests that the server granted"));
     }
     if grant.data_bytes_max > limits.message_bytes {
@@ -343,20 +346,20 @@ fn unconnected(at: &PortAddress, grant: &Grant) -> Result<(Parts, QueuePairAddre
     let channel = CompletionChannel::new(at.device)?;
     let mut qp = QueuePair::new(None, &domain, &channel, 0, &limits, &size, false)?;
     qp.init(at, true).map_err(|source| Error::io("the port takes no queue pair", source))?;
-    qp.provide_receives(credits + CONTROL_MESSAGES)?;
+    qp.provide_receives(size.receives)?;
     let (psn, peer_psn) = packet_numbers();
     let ours = qp.address(at, psn, peer_psn, limits.reads_in.into());
     Ok((Parts { qp, domain, channel, events: None, has_windows: limits.has_windows }, ours))
 }
 
-/// The queue pair of a connection with this number of credits. The send queue may be shorter: work requests
-/// without room wait.
-fn size_for(credits: usize, has_windows: bool) -> Size {
+/// The queue pair of a connection with this number of credits, and so many messages that nobody has asked
+/// for. The send queue may be shorter: work requests without room wait.
+fn size_for(credits: usize, pushes: usize, has_windows: bool) -> Size {
     // Each request has a SEND at most, and its window is bound and invalidated.
     let sends = if has_windows { 3 } else { 1 };
     Size {
         sends: sends * credits + 2 * CONTROL_MESSAGES,
-        receives: credits + CONTROL_MESSAGES,
+        receives: credits + pushes + CONTROL_MESSAGES,
         receive_bytes: MESSAGE_BYTES,
         send_bytes: (credits * (MESSAGE_BYTES + RDMA_INLINE_BYTES_MAX))
             .clamp(RDMA_SEND_BYTES_MIN, RDMA_SEND_BYTES_MAX),

@@ -7,7 +7,7 @@
 #![no_main]
 
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -18,7 +18,7 @@ use std::time::Duration;
 use libfuzzer_sys::fuzz_target;
 use raio_fuzz::{Mode, handshake_len, mend_handshake, mend_messages};
 use raio_transport::Status;
-use raio_transport::handshake::{Offer, Policy};
+use raio_transport::handshake::{Offer, Policy, PushWindows};
 use raio_transport::memory::{Arena, Slot};
 use raio_transport::message::{
     FEATURE_CRC, Limits, Message, Parsed, SessionId, Welcome, parse, parse_handshake,
@@ -26,12 +26,15 @@ use raio_transport::message::{
 use raio_transport::reactor::{Config, Event, Reactor, Wait};
 use raio_transport::tcp;
 use raio_transport::transport::{
-    AcceptedStream, Body, ConnectionId, Handover, Request, RequestKey, Response, ServerEvent,
+    AcceptedStream, Body, ConnectionId, Handover, OneWay, Push, Request, RequestKey, Response, ServerEvent,
     ServerTransport, SlotRange,
 };
 
 const DATA_BYTES_MAX: u32 = 64 << 10;
 const ARENA_BYTES: usize = 4 << 20;
+/// How much there may be that nobody has asked for.
+const WINDOWS: PushWindows = PushWindows { to_server: WINDOW, to_client: WINDOW, requests: 4 };
+const WINDOW: u16 = 8;
 /// What slots are full of before they are used.
 const STALE: u8 = 0xee;
 
@@ -65,6 +68,17 @@ struct Server {
     brought: HashMap<u64, Vec<Vec<u8>>>,
     /// Answers with data, ever.
     answers: u64,
+    /// One-way messages and questions sent, ever: their tags.
+    pushes: u64,
+    /// One-way messages of the client's that are not released.
+    kept: u16,
+    /// This side takes no more, or the client.
+    refuses: bool,
+    is_refused: bool,
+    /// One-way messages that the client has not released.
+    unreceipted: VecDeque<u64>,
+    /// Questions that it has not answered.
+    asked: HashSet<u64>,
 }
 
 /// The data of an answer, different for each.
@@ -83,8 +97,13 @@ impl Server {
             received_bytes: 4096,
             ..Config::default()
         };
-        let policy =
-            Policy { queue_depth: 8, data_bytes_max: DATA_BYTES_MAX, queue_pair: true, ..Policy::default() };
+        let policy = Policy {
+            queue_depth: 8,
+            data_bytes_max: DATA_BYTES_MAX,
+            queue_pair: true,
+            push: WINDOWS,
+            ..Policy::default()
+        };
         Self {
             reactor: Reactor::new(&config).unwrap(),
             transport: tcp::TcpServer::new(1, Arc::new(policy)),
@@ -100,6 +119,12 @@ impl Server {
             to_fetch: HashMap::new(),
             brought: HashMap::new(),
             answers: 0,
+            pushes: 0,
+            kept: 0,
+            refuses: false,
+            is_refused: false,
+            unreceipted: VecDeque::new(),
+            asked: HashSet::new(),
         }
     }
 
@@ -114,8 +139,14 @@ impl Server {
         } else {
             let features = if crc { FEATURE_CRC } else { 0 };
             let hello =
-                Offer { features, session: SessionId([1; 16]), queue_pair: true, ..Offer::new("fuzz") }
-                    .hello();
+                Offer {
+                    features,
+                    session: SessionId([1; 16]),
+                    queue_pair: true,
+                    push: WINDOWS,
+                    ..Offer::new("fuzz")
+                }
+                .hello();
             let begins = hello.len();
             bytes.splice(0..0, hello);
             begins
@@ -128,6 +159,9 @@ impl Server {
         ours.set_nonblocking(true).unwrap();
         theirs.set_nonblocking(true).unwrap();
         (self.opened, self.closed) = (0, 0);
+        (self.kept, self.refuses, self.is_refused) = (0, false, false);
+        self.unreceipted.clear();
+        self.asked.clear();
         self.sent = bytes[begins..].to_vec();
         self.to_fetch.clear();
         self.brought.clear();
@@ -267,9 +301,47 @@ impl Server {
                     assert!(self.limits.crc, "nobody has asked for checksums");
                     self.answer(key, Status::DAMAGED, None);
                 }
+                ServerEvent::OneWay(connection, message) => self.one_way(connection, &message),
+                ServerEvent::Receipt(_, tag) => {
+                    assert_eq!(self.unreceipted.pop_front(), Some(tag), "receipts come in order");
+                }
+                ServerEvent::Refused(_) => {
+                    assert!(!std::mem::replace(&mut self.is_refused, true), "it refuses once");
+                    self.unreceipted.clear();
+                }
+                ServerEvent::Answered(_, answer) => {
+                    assert!(self.asked.remove(&answer.tag), "a question is answered once");
+                }
             }
         }
         self.transport.flush(&mut self.reactor);
+    }
+
+    /// The first byte of a one-way message says what becomes of it.
+    fn one_way(&mut self, connection: ConnectionId, message: &[u8]) {
+        self.kept += 1;
+        assert!(!self.refuses && self.kept <= WINDOW, "more than the window");
+        let tag = self.pushes;
+        let push = match message.first().copied().unwrap_or(0) % 6 {
+            0 => Push::OneWay(OneWay { message, tag, wants_receipt: true }),
+            1 => Push::Request(tag, message),
+            2 => Push::Refuse,
+            3 => return,
+            _ => Push::Release,
+        };
+        if self.transport.push(&mut self.reactor, connection, push).is_err() {
+            return;
+        }
+        self.pushes += 1;
+        match push {
+            Push::OneWay(_) => {
+                assert!(!self.is_refused);
+                self.unreceipted.push_back(tag);
+            }
+            Push::Request(..) => drop(self.asked.insert(tag)),
+            Push::Refuse => self.refuses = true,
+            Push::Release => self.kept -= 1,
+        }
     }
 
     /// The first byte of the command says what becomes of it.

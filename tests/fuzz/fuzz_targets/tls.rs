@@ -713,6 +713,10 @@ impl Worker {
                     self.answer(key);
                 }
                 ServerEvent::Damaged(..) => unreachable!("nobody has asked for checksums"),
+                ServerEvent::OneWay(..)
+                | ServerEvent::Receipt(..)
+                | ServerEvent::Refused(_)
+                | ServerEvent::Answered(..) => unreachable!("nobody has offered any"),
             }
         }
         while let Some(handover) = self.transport.next_handover() {
