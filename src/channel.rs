@@ -647,7 +647,7 @@ impl Channel {
         self.transport.as_mut().map_or(Err(NotPushed::Closed), |transport| transport.send_one_way(message))
     }
 
-    /// What the server has sent without being asked, over the connection that there is: see
+    /// The next unsolicited message of the server, or receipt, over the connection that there is: see
     /// [`ClientTransport::next_event`]. What it had sent over an earlier one and was not taken is lost, and
     /// so is what it would have sent while there was none.
     pub fn next_event(&mut self) -> Option<ClientEvent> {

@@ -28,7 +28,7 @@ use crate::message::{
     self, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, RequestHeader, ResponseHeader,
 };
 use crate::protocol::Opcode;
-use crate::push::{NotPushed, OneWay, OneWays, Owed};
+use crate::push::{NotPushed, OneWay, OneWayFlow, Unanswered};
 use crate::trace::ClockSample;
 use crate::transport::{
     Body, Bulk, ClientCore, ClientCounters, ClientEvent, Damaged, Lost, NotSent, Reply, RequestId,
@@ -67,9 +67,9 @@ pub(crate) struct Core<L = ()> {
     done: Vec<Reply>,
     upgrade: Upgrade,
 
-    one_ways: OneWays,
-    owed: Owed,
-    /// What the server has sent that nobody has asked for, not yet handed out.
+    one_way: OneWayFlow,
+    unanswered: Unanswered,
+    /// Unsolicited messages of the server that have not yet been handed out.
     events: VecDeque<ClientEvent>,
 
     keepalive: Keepalive,
@@ -222,8 +222,8 @@ impl<L> Core<L> {
             early: None,
             done: Vec::new(),
             upgrade: Upgrade::None,
-            one_ways: OneWays::of_client(&grant.push),
-            owed: Owed::new(&grant.push),
+            one_way: OneWayFlow::of_client(&grant.push),
+            unanswered: Unanswered::new(&grant.push),
             events: VecDeque::new(),
             keepalive: Keepalive::new(&grant, now),
             failure: None,
@@ -708,19 +708,19 @@ impl<L> Core<L> {
             }
             Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
             Message::OneWay(message, wants_receipt) => {
-                if self.one_ways.on_message(wants_receipt)? {
+                if self.one_way.on_message(wants_receipt)? {
                     self.events.push_back(ClientEvent::OneWay(message.into()));
                 }
             }
             Message::Receipt(receipt) => {
                 let events = &mut self.events;
                 let receipted = |tag| events.push_back(ClientEvent::Receipt(tag));
-                if self.one_ways.on_receipt(receipt, receipted)? {
+                if self.one_way.on_receipt(receipt, receipted)? {
                     self.events.push_back(ClientEvent::Refused);
                 }
             }
             Message::Request(request, body) => {
-                self.owed.on_request(&request)?;
+                self.unanswered.on_request(&request)?;
                 self.events.push_back(ClientEvent::Request(request.id, body.into()));
             }
             Message::Response(..) => unreachable!("the callers take responses"),
@@ -1109,14 +1109,14 @@ impl<L> ClientCore for Core<L> {
             return Err(NotPushed::Closed);
         }
         let (mut sent, crc) = (Ok(()), self.limits.crc);
-        self.queue(|core, out| sent = core.one_ways.send(message, crc, out));
+        self.queue(|core, out| sent = core.one_way.send(message, crc, out));
         sent
     }
 
     fn release(&mut self) {
         if self.failure.is_none() {
             let crc = self.limits.crc;
-            self.queue(|core, out| core.one_ways.release(crc, out));
+            self.queue(|core, out| core.one_way.release(crc, out));
         }
     }
 
@@ -1124,14 +1124,14 @@ impl<L> ClientCore for Core<L> {
         if self.failure.is_none() {
             let crc = self.limits.crc;
             self.events.retain(|event| !matches!(event, ClientEvent::OneWay(_)));
-            self.queue(|core, out| core.one_ways.refuse(crc, out));
+            self.queue(|core, out| core.one_way.refuse(crc, out));
         }
     }
 
     fn answer(&mut self, request: u64, status: Status, result: u64, body: &[u8]) {
         if self.failure.is_none() {
             let crc = self.limits.crc;
-            self.queue(|core, out| core.owed.answer(request, (status, result, body), crc, out));
+            self.queue(|core, out| core.unanswered.answer(request, (status, result, body), crc, out));
         }
     }
 

@@ -131,7 +131,7 @@ impl<T: ServerTransport> EventLoop<T> {
         self.transport.respond(&mut self.reactor, request, response);
     }
 
-    /// Sends something that the client has not asked for: [`ServerTransport::push`].
+    /// Sends an unsolicited message: [`ServerTransport::push`].
     pub fn push(&mut self, connection: ConnectionId, push: Push<'_>) -> Result<(), NotPushed> {
         self.transport.push(&mut self.reactor, connection, push)
     }

@@ -51,7 +51,7 @@ pub struct ChannelOffer {
     pub linger: Duration,
 }
 
-/// How much each side may send that nobody has asked for: see [`crate::push`].
+/// How many unsolicited messages each side may send: see [`crate::push`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PushWindows {
     /// One-way messages to the server that it has not released.
@@ -121,8 +121,8 @@ pub struct Offer {
     pub name: String,
     /// It could move from this stream to a queue pair.
     pub queue_pair: bool,
-    /// What it would send that the server has not asked for, and what it takes. Servers that grant none of it
-    /// are connected to all the same.
+    /// The unsolicited messages that it would send, and that it takes. It also connects to servers that grant
+    /// none.
     pub push: PushWindows,
     /// How the connection is secured; None: it is not. Only over TCP.
     pub tls: Option<ClientTls>,
@@ -157,8 +157,7 @@ pub struct Policy {
     pub name: String,
     /// Clients of this transport, a stream, may move to queue pairs.
     pub queue_pair: bool,
-    /// The most that is sent either way and that nobody has asked for, on a connection whose client offers
-    /// it.
+    /// The most unsolicited messages, on a connection whose client offers them.
     pub push: PushWindows,
     /// What the times in pongs are read from.
     pub clock: Clock,
@@ -207,7 +206,7 @@ pub struct Grant {
     pub queue_pair: bool,
     /// How long the channel is kept when the connection has broken; zero without a channel.
     pub linger: Duration,
-    /// How much may be sent that nobody has asked for.
+    /// How many unsolicited messages may be sent.
     pub push: PushWindows,
 }
 

@@ -826,7 +826,7 @@ pub const OPTION_QUEUE_PAIR: u16 = 3;
 pub const OPTION_CHANNEL: u16 = 4;
 /// Option: sessions that the client had, and has given up ([`SessionId`]s).
 pub const OPTION_SUPERSEDE: u16 = 5;
-/// Option: how much either side may send that nobody has asked for ([`PushOption`]).
+/// Option: how many unsolicited messages either side may send ([`PushOption`]).
 pub const OPTION_PUSH: u16 = 6;
 
 /// The value of [`OPTION_PUSH`]: what the client asks for, or what the server grants.

@@ -1,5 +1,5 @@
-//! What a connection carries that nobody has asked for: one-way messages, either way, and requests of the
-//! server to its client. The same on both ends and over every transport.
+//! Unsolicited messages: one-way messages, either way, and requests of the server to its client. The same on
+//! both ends and over every transport.
 //!
 //! Neither side sends more of these than was granted in the handshake ([`PushWindows`]), so each queue here
 //! has a bound, and a side that does not take them stops nothing else on the connection. A one-way message
@@ -58,7 +58,7 @@ fn granted(max: usize, kind: Kind) -> Result<(), Violation> {
 
 /// The one-way messages of one end of a connection, both ways.
 #[derive(Debug, Default)]
-pub(crate) struct OneWays {
+pub(crate) struct OneWayFlow {
     /// The most that are sent and not released.
     out_max: usize,
     /// Those: the callers' tags, of those that want a receipt.
@@ -80,7 +80,7 @@ pub(crate) struct OneWays {
     refuses: bool,
 }
 
-impl OneWays {
+impl OneWayFlow {
     /// Of the client's end.
     pub fn of_client(windows: &PushWindows) -> Self {
         Self { out_max: windows.to_server.into(), in_max: windows.to_client.into(), ..Self::default() }
@@ -188,10 +188,10 @@ impl OneWays {
 
 /// The requests of a server that its client has not answered, on the server's side.
 #[derive(Debug, Default)]
-pub(crate) struct Asked {
+pub(crate) struct ServerRequests {
     max: usize,
     /// Their ids and the caller's tags. There are few.
-    asked: Vec<(u64, u64)>,
+    outstanding: Vec<(u64, u64)>,
     next: u64,
 }
 
@@ -208,7 +208,7 @@ pub struct Answer {
     pub body: Body,
 }
 
-impl Asked {
+impl ServerRequests {
     pub fn new(windows: &PushWindows) -> Self {
         Self { max: windows.requests.into(), ..Self::default() }
     }
@@ -222,12 +222,12 @@ impl Asked {
         if self.max == 0 {
             return Err(NotPushed::Refused);
         }
-        if self.asked.len() == self.max {
+        if self.outstanding.len() == self.max {
             return Err(NotPushed::Full);
         }
         let id = self.next;
         self.next = self.next.wrapping_add(1);
-        self.asked.push((id, tag));
+        self.outstanding.push((id, tag));
         let region = RemoteRegion::None;
         RequestHeader { id, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 }
             .encode(body, crc, out);
@@ -237,28 +237,29 @@ impl Asked {
     /// The client has answered.
     pub fn on_response(&mut self, response: &ResponseHeader, body: &[u8]) -> Result<Answer, Violation> {
         granted(self.max, Kind::Response)?;
-        let at = self.asked.iter().position(|(id, _)| *id == response.id).ok_or(Violation::RequestId)?;
+        let at =
+            self.outstanding.iter().position(|(id, _)| *id == response.id).ok_or(Violation::RequestId)?;
         if response.data_len != 0 || response.credits != 1 || response.has_crc {
             return Err(Violation::Field);
         }
-        let (_, tag) = self.asked.swap_remove(at);
+        let (_, tag) = self.outstanding.swap_remove(at);
         Ok(Answer { tag, status: response.status, result: response.result, body: body.into() })
     }
 }
 
 /// The requests of its server that a client has not answered, on the client's side.
 #[derive(Debug, Default)]
-pub(crate) struct Owed {
+pub(crate) struct Unanswered {
     max: usize,
     ids: Vec<u64>,
 }
 
-impl Owed {
+impl Unanswered {
     pub fn new(windows: &PushWindows) -> Self {
         Self { max: windows.requests.into(), ids: Vec::new() }
     }
 
-    /// The server has asked.
+    /// A request has come.
     pub fn on_request(&mut self, request: &RequestHeader) -> Result<(), Violation> {
         granted(self.max, Kind::Request)?;
         if self.ids.len() == self.max {

@@ -108,7 +108,7 @@ pub enum ServerEvent {
     Closed(ConnectionId, CloseReason),
 }
 
-/// What a server sends that its client has not asked for: see [`crate::push`].
+/// An unsolicited message of a server, or what it does with those of its client: see [`crate::push`].
 #[derive(Clone, Copy, Debug)]
 pub enum Push<'a> {
     /// A one-way message.
@@ -121,7 +121,7 @@ pub enum Push<'a> {
     Request(u64, &'a [u8]),
 }
 
-/// What a server has sent that its client has not asked for.
+/// What has come from a server unsolicited.
 #[derive(Clone, Debug)]
 pub enum ClientEvent {
     /// A one-way message has come. [`ClientTransport::release`] it once, when the program is done with it:
@@ -443,8 +443,8 @@ pub trait ServerTransport {
         false
     }
 
-    /// Sends something that the client has not asked for, with the next [`ServerTransport::flush`]. Messages
-    /// arrive in the order of these calls, and that of the answers among them.
+    /// Sends an unsolicited message with the next [`ServerTransport::flush`]. They arrive in the order of
+    /// these calls, and of the answers among them.
     ///
     /// # Panics
     /// If it is too long, or nothing is to be released.
@@ -1118,7 +1118,7 @@ pub trait ClientTransport: Send {
         self.core_mut().answer(request, status, result, body);
     }
 
-    /// The next thing that the server has sent without being asked, after [`ClientTransport::receive`]. Take
+    /// The next unsolicited message of the server, or receipt, after [`ClientTransport::receive`]. Take
     /// it until there is none. What had come before the connection ended can be taken afterwards.
     fn next_event(&mut self) -> Option<ClientEvent> {
         self.core_mut().next_event()

@@ -28,7 +28,7 @@ impl Wire {
     }
 }
 
-fn send(end: &mut OneWays, wire: &mut Wire, tag: u64, wants_receipt: bool) -> Result<(), NotPushed> {
+fn send(end: &mut OneWayFlow, wire: &mut Wire, tag: u64, wants_receipt: bool) -> Result<(), NotPushed> {
     let mut bytes = Vec::new();
     let message = &tag.to_le_bytes()[..];
     let sent = end.send(OneWay { message, tag, wants_receipt }, false, &mut bytes);
@@ -36,7 +36,7 @@ fn send(end: &mut OneWays, wire: &mut Wire, tag: u64, wants_receipt: bool) -> Re
     sent
 }
 
-fn release(end: &mut OneWays, wire: &mut Wire) {
+fn release(end: &mut OneWayFlow, wire: &mut Wire) {
     let mut bytes = Vec::new();
     end.release(false, &mut bytes);
     wire.put(bytes);
@@ -45,7 +45,7 @@ fn release(end: &mut OneWays, wire: &mut Wire) {
 #[test]
 fn a_message_is_taken_as_long_as_no_more_than_the_window_are_unreleased() {
     let mut wire = Wire::default();
-    let mut end = OneWays::of_client(&windows(2));
+    let mut end = OneWayFlow::of_client(&windows(2));
     assert_eq!(send(&mut end, &mut wire, 0, false), Ok(()));
     assert_eq!(send(&mut end, &mut wire, 1, false), Ok(()));
     assert_eq!((send(&mut end, &mut wire, 2, false), end.room()), (Err(NotPushed::Full), 0));
@@ -56,7 +56,7 @@ fn a_message_is_taken_as_long_as_no_more_than_the_window_are_unreleased() {
 
 #[test]
 fn without_a_window_nothing_is_sent_or_taken() {
-    let mut end = OneWays::of_server(&PushWindows::NONE);
+    let mut end = OneWayFlow::of_server(&PushWindows::NONE);
     assert_eq!(send(&mut end, &mut Wire::default(), 0, true), Err(NotPushed::Refused));
     assert_eq!(end.on_message(false), Err(Violation::Kind(7)));
     let receipt = Receipt { released: 0, is_last: false };
@@ -68,7 +68,7 @@ fn without_a_window_nothing_is_sent_or_taken() {
 
 #[test]
 fn receipts_come_after_half_of_the_window_or_at_once_if_one_is_wanted() {
-    let mut end = OneWays::of_server(&windows(6));
+    let mut end = OneWayFlow::of_server(&windows(6));
     let mut receipts = |wants_receipt: bool| {
         let mut wire = Wire::default();
         assert_eq!(end.on_message(wants_receipt), Ok(true));
@@ -84,7 +84,7 @@ fn receipts_come_after_half_of_the_window_or_at_once_if_one_is_wanted() {
 
 #[test]
 fn a_receipt_that_says_nothing_new_or_too_much_is_a_violation() {
-    let mut end = OneWays::of_client(&windows(4));
+    let mut end = OneWayFlow::of_client(&windows(4));
     let mut wire = Wire::default();
     for tag in 0..3 {
         send(&mut end, &mut wire, tag, true).unwrap();
@@ -101,7 +101,7 @@ fn a_receipt_that_says_nothing_new_or_too_much_is_a_violation() {
 
 #[test]
 fn who_refuses_drops_what_is_under_way_and_gets_no_more() {
-    let (mut client, mut server) = (OneWays::of_client(&windows(4)), OneWays::of_server(&windows(4)));
+    let (mut client, mut server) = (OneWayFlow::of_client(&windows(4)), OneWayFlow::of_server(&windows(4)));
     let (mut up, mut down) = (Wire::default(), Wire::default());
     for tag in 0..3 {
         send(&mut client, &mut up, tag, true).unwrap();
@@ -114,7 +114,7 @@ fn who_refuses_drops_what_is_under_way_and_gets_no_more() {
     down.put(refusal);
     assert_eq!(server.on_message(true), Ok(false), "it was under way");
     let mut tags = Vec::new();
-    let mut take = |client: &mut OneWays| {
+    let mut take = |client: &mut OneWayFlow| {
         down.take(|message| match message {
             Message::Receipt(receipt) => client.on_receipt(receipt, |tag| tags.push(tag)),
             other => panic!("{other:?}"),
@@ -130,38 +130,38 @@ fn who_refuses_drops_what_is_under_way_and_gets_no_more() {
 #[test]
 fn a_client_answers_each_request_of_its_server_once_and_takes_no_more_than_it_offered() {
     let windows = windows(2);
-    let (mut asked, mut owed) = (Asked::new(&windows), Owed::new(&windows));
+    let (mut requests, mut unanswered) = (ServerRequests::new(&windows), Unanswered::new(&windows));
     let (mut down, mut up) = (Wire::default(), Wire::default());
-    let ask = |asked: &mut Asked, down: &mut Wire, tag| {
+    let send_request = |requests: &mut ServerRequests, down: &mut Wire, tag| {
         let mut bytes = Vec::new();
-        let sent = asked.send(tag, b"question", false, &mut bytes);
+        let sent = requests.send(tag, b"question", false, &mut bytes);
         down.put(bytes);
         sent
     };
-    assert_eq!(ask(&mut asked, &mut down, 70), Ok(()));
-    assert_eq!(ask(&mut asked, &mut down, 71), Ok(()));
-    assert_eq!(ask(&mut asked, &mut down, 72), Err(NotPushed::Full));
-    let take = |owed: &mut Owed, down: &mut Wire| {
+    assert_eq!(send_request(&mut requests, &mut down, 70), Ok(()));
+    assert_eq!(send_request(&mut requests, &mut down, 71), Ok(()));
+    assert_eq!(send_request(&mut requests, &mut down, 72), Err(NotPushed::Full));
+    let take = |unanswered: &mut Unanswered, down: &mut Wire| {
         down.take(|message| match message {
-            Message::Request(request, b"question") => owed.on_request(&request).map(|()| request),
+            Message::Request(request, b"question") => unanswered.on_request(&request).map(|()| request),
             other => panic!("{other:?}"),
         })
         .unwrap()
     };
-    let first = take(&mut owed, &mut down).unwrap();
-    assert_eq!(owed.on_request(&first), Err(Violation::RequestId));
-    let second = take(&mut owed, &mut down).unwrap();
+    let first = take(&mut unanswered, &mut down).unwrap();
+    assert_eq!(unanswered.on_request(&first), Err(Violation::RequestId));
+    let second = take(&mut unanswered, &mut down).unwrap();
     let third = RequestHeader { id: 99, ..first };
-    assert_eq!(owed.on_request(&third), Err(Violation::Credits));
+    assert_eq!(unanswered.on_request(&third), Err(Violation::Credits));
     let mut bytes = Vec::new();
-    owed.answer(second.id, (Status::policy(libc::EPERM), 7, b"no"), false, &mut bytes);
+    unanswered.answer(second.id, (Status::policy(libc::EPERM), 7, b"no"), false, &mut bytes);
     up.put(bytes);
-    let answers = |asked: &mut Asked, up: &mut Wire| {
+    let answers = |requests: &mut ServerRequests, up: &mut Wire| {
         up.take(|message| match message {
             Message::Response(response, body) => {
                 let again = response;
-                let answer = asked.on_response(&response, body);
-                assert_eq!(asked.on_response(&again, body).err(), Some(Violation::RequestId));
+                let answer = requests.on_response(&response, body);
+                assert_eq!(requests.on_response(&again, body).err(), Some(Violation::RequestId));
                 answer
             }
             other => panic!("{other:?}"),
@@ -169,11 +169,11 @@ fn a_client_answers_each_request_of_its_server_once_and_takes_no_more_than_it_of
         .unwrap()
         .unwrap()
     };
-    let answer = answers(&mut asked, &mut up);
+    let answer = answers(&mut requests, &mut up);
     assert_eq!((answer.tag, answer.status, answer.result), (71, Status::policy(libc::EPERM), 7));
     assert_eq!(&*answer.body, b"no\0\0\0\0\0\0");
-    assert_eq!(ask(&mut asked, &mut down, 72), Ok(()), "an answer makes room");
-    assert!(take(&mut owed, &mut down).is_ok());
+    assert_eq!(send_request(&mut requests, &mut down, 72), Ok(()), "an answer makes room");
+    assert!(take(&mut unanswered, &mut down).is_ok());
 }
 
 #[test]
@@ -188,13 +188,13 @@ fn a_request_of_a_server_with_data_is_a_violation() {
     };
     let region = RemoteRegion::In { address: 1, key: 1, len: 1 };
     for request in [RequestHeader { data_len: 1, ..request }, RequestHeader { region, ..request }] {
-        assert_eq!(Owed::new(&windows(1)).on_request(&request), Err(Violation::Field));
+        assert_eq!(Unanswered::new(&windows(1)).on_request(&request), Err(Violation::Field));
     }
     let response = ResponseHeader::of_data(0, 0);
     for response in [ResponseHeader { data_len: 1, ..response }, ResponseHeader { credits: 0, ..response }] {
-        let mut asked = Asked::new(&windows(1));
-        asked.send(5, b"", false, &mut Vec::new()).unwrap();
-        assert_eq!(asked.on_response(&response, &[]).err(), Some(Violation::Field));
+        let mut requests = ServerRequests::new(&windows(1));
+        requests.send(5, b"", false, &mut Vec::new()).unwrap();
+        assert_eq!(requests.on_response(&response, &[]).err(), Some(Violation::Field));
     }
 }
 
@@ -217,9 +217,9 @@ fn any_step() -> impl Strategy<Value = (bool, Step)> {
     (any::<bool>(), step)
 }
 
-/// One end, and what it knows without looking into [`OneWays`].
+/// One end, and what it knows without looking into [`OneWayFlow`].
 struct End {
-    one_ways: OneWays,
+    one_way: OneWayFlow,
     outgoing: Wire,
     sent: u64,
     /// Tags that want a receipt and have none.
@@ -233,9 +233,9 @@ struct End {
 }
 
 impl End {
-    fn new(one_ways: OneWays) -> Self {
+    fn new(one_way: OneWayFlow) -> Self {
         Self {
-            one_ways,
+            one_way,
             outgoing: Wire::default(),
             sent: 0,
             wanted: VecDeque::new(),
@@ -253,13 +253,13 @@ impl End {
                 let tag = u64::from_le_bytes(message.try_into().unwrap());
                 assert_eq!(tag, self.received, "in order, each once");
                 self.received += 1;
-                let is_wanted = self.one_ways.on_message(wants_receipt).expect("within the window");
+                let is_wanted = self.one_way.on_message(wants_receipt).expect("within the window");
                 assert_eq!(is_wanted, !self.refuses);
                 self.held.extend(is_wanted.then_some(tag));
             }
             Message::Receipt(receipt) => {
                 let wanted = &mut self.wanted;
-                let is_last = self.one_ways.on_receipt(receipt, |tag| {
+                let is_last = self.one_way.on_receipt(receipt, |tag| {
                     assert_eq!(wanted.pop_front(), Some(tag), "in order, each once");
                     assert!(tag < receipt.released);
                 });
@@ -273,13 +273,13 @@ impl End {
     fn step(&mut self, step: Step, window: usize, incoming: &mut Wire) {
         match step {
             Step::Send(wants_receipt) => {
-                let sent = send(&mut self.one_ways, &mut self.outgoing, self.sent, wants_receipt);
+                let sent = send(&mut self.one_way, &mut self.outgoing, self.sent, wants_receipt);
                 match sent {
                     Ok(()) => {
                         self.wanted.extend(wants_receipt.then_some(self.sent));
                         self.sent += 1;
                     }
-                    Err(NotPushed::Full) => assert!(!self.is_refused && self.one_ways.room() == 0),
+                    Err(NotPushed::Full) => assert!(!self.is_refused && self.one_way.room() == 0),
                     Err(why) => assert!((self.is_refused || window == 0) && why == NotPushed::Refused),
                 }
             }
@@ -287,19 +287,19 @@ impl End {
             Step::Release => {
                 if self.held.pop_front().is_some() {
                     self.released += 1;
-                    release(&mut self.one_ways, &mut self.outgoing);
+                    release(&mut self.one_way, &mut self.outgoing);
                 }
             }
             Step::Refuse => {
                 self.refuses |= window > 0;
                 self.held.clear();
                 let mut bytes = Vec::new();
-                self.one_ways.refuse(false, &mut bytes);
+                self.one_way.refuse(false, &mut bytes);
                 self.outgoing.put(bytes);
             }
         }
         assert!(self.held.len() <= window);
-        assert!(self.refuses || self.one_ways.held() == self.held.len());
+        assert!(self.refuses || self.one_way.held() == self.held.len());
     }
 }
 
@@ -310,8 +310,8 @@ proptest! {
         steps in prop::collection::vec(any_step(), 1..200),
     ) {
         let windows = windows(window);
-        let mut client = End::new(OneWays::of_client(&windows));
-        let mut server = End::new(OneWays::of_server(&windows));
+        let mut client = End::new(OneWayFlow::of_client(&windows));
+        let mut server = End::new(OneWayFlow::of_server(&windows));
         for (of_client, step) in steps {
             let (one, other) =
                 if of_client { (&mut client, &mut server) } else { (&mut server, &mut client) };
@@ -329,8 +329,8 @@ proptest! {
         }
         for (one, other) in [(&client, &server), (&server, &client)] {
             prop_assert!(one.outgoing.0.is_empty());
-            prop_assert!(other.refuses || one.wanted.is_empty(), "receipts are owed");
-            prop_assert!(other.refuses || window == 0 || one.one_ways.room() > 0);
+            prop_assert!(other.refuses || one.wanted.is_empty(), "receipts are missing");
+            prop_assert!(other.refuses || window == 0 || one.one_way.room() > 0);
             prop_assert_eq!(one.is_refused, other.refuses);
         }
     }

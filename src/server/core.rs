@@ -7,7 +7,7 @@ use super::InFlight;
 use crate::error::{Status, Violation};
 use crate::handshake::{Peer, Policy};
 use crate::message::{self, Kind, Limits, Message};
-use crate::push::{Asked, NotPushed, OneWays};
+use crate::push::{NotPushed, OneWayFlow, ServerRequests};
 use crate::reactor::LoopClock;
 use crate::trace::Clock;
 use crate::transport::{CloseReason, ConnectionId, Push, RequestKey, ServerEvent, SlotRange};
@@ -63,8 +63,8 @@ pub(crate) struct ConnectionCore<R> {
     /// The most requests in flight.
     credits: usize,
     pub in_flight: InFlight<R>,
-    one_ways: OneWays,
-    asked: Asked,
+    one_way: OneWayFlow,
+    requests: ServerRequests,
     /// The most messages that it may have to take in: [`crate::handshake::Grant::messages_max`].
     messages_max: usize,
     /// How often the peer promised to send something; zero: it did not.
@@ -88,8 +88,8 @@ impl<R> ConnectionCore<R> {
             has_channel: false,
             credits: 0,
             in_flight: InFlight::default(),
-            one_ways: OneWays::default(),
-            asked: Asked::default(),
+            one_way: OneWayFlow::default(),
+            requests: ServerRequests::default(),
             messages_max: 0,
             keepalive: Duration::ZERO,
             is_heard: false,
@@ -137,8 +137,8 @@ impl<R> ConnectionCore<R> {
         self.pong_time = peer.grant.pong_time();
         self.has_channel = peer.channel.is_some();
         self.credits = peer.grant.credits() as usize;
-        self.one_ways = OneWays::of_server(&peer.grant.push);
-        self.asked = Asked::new(&peer.grant.push);
+        self.one_way = OneWayFlow::of_server(&peer.grant.push);
+        self.requests = ServerRequests::new(&peer.grant.push);
         self.messages_max = peer.grant.messages_max();
         self.keepalive = peer.keepalive;
         self.is_heard = true;
@@ -174,21 +174,21 @@ impl<R> ConnectionCore<R> {
     }
 
     /// How many one-way messages of the peer's the program has not released.
-    pub fn one_ways_held(&self) -> usize {
-        self.one_ways.held()
+    pub fn one_way_held(&self) -> usize {
+        self.one_way.held()
     }
 
-    /// Appends what is sent that the peer has not asked for to `out`, if anything is.
+    /// Appends an unsolicited message to `out`, if there is something to say.
     pub fn push(&mut self, push: Push<'_>, out: &mut Vec<u8>) -> Result<(), NotPushed> {
         if !self.is_open() {
             return Err(NotPushed::Closed);
         }
         let crc = self.limits.crc;
         match push {
-            Push::OneWay(message) => self.one_ways.send(message, crc, out)?,
-            Push::Release => self.one_ways.release(crc, out),
-            Push::Refuse => self.one_ways.refuse(crc, out),
-            Push::Request(tag, body) => self.asked.send(tag, body, crc, out)?,
+            Push::OneWay(message) => self.one_way.send(message, crc, out)?,
+            Push::Release => self.one_way.release(crc, out),
+            Push::Refuse => self.one_way.refuse(crc, out),
+            Push::Request(tag, body) => self.requests.send(tag, body, crc, out)?,
         }
         Ok(())
     }
@@ -203,18 +203,18 @@ impl<R> ConnectionCore<R> {
         let id = self.id;
         match message {
             Message::OneWay(message, wants_receipt) => {
-                if self.one_ways.on_message(*wants_receipt)? {
+                if self.one_way.on_message(*wants_receipt)? {
                     events.push_back(ServerEvent::OneWay(id, (*message).into()));
                 }
             }
             Message::Receipt(receipt) => {
                 let receipted = |tag| events.push_back(ServerEvent::Receipt(id, tag));
-                if self.one_ways.on_receipt(*receipt, receipted)? {
+                if self.one_way.on_receipt(*receipt, receipted)? {
                     events.push_back(ServerEvent::Refused(id));
                 }
             }
             Message::Response(response, body) => {
-                let answer = self.asked.on_response(response, body)?;
+                let answer = self.requests.on_response(response, body)?;
                 events.push_back(ServerEvent::Answered(id, answer));
             }
             _ => return Ok(false),

@@ -220,7 +220,7 @@ impl<I> MessageConnection<I> {
         inline
     }
 
-    /// Sends something that the peer has not asked for.
+    /// Sends an unsolicited message.
     pub fn push(&mut self, push: Push<'_>) -> Result<(), NotPushed> {
         let mut message = Vec::new();
         self.core.push(push, &mut message)?;

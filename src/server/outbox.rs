@@ -67,8 +67,8 @@ impl Outbox {
         self.push_bytes(spare, write);
     }
 
-    /// Appends a message that the peer has not asked for.
-    pub fn push_unasked(&mut self, spare: &mut SpareBatches, message: &[u8]) {
+    /// Appends an unsolicited message.
+    pub fn push_unsolicited(&mut self, spare: &mut SpareBatches, message: &[u8]) {
         self.next_count += 1;
         self.next_heap += SMALL_RESPONSE_HEAP + message.len();
         self.push_bytes(spare, |out| out.extend_from_slice(message));

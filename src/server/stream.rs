@@ -834,12 +834,12 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
         true
     }
 
-    /// Sends something that the peer has not asked for.
+    /// Sends an unsolicited message.
     pub fn push(&mut self, push: Push<'_>, shared: &mut StreamShared) -> Result<(), NotPushed> {
         shared.pushed.clear();
         self.core.push(push, &mut shared.pushed)?;
         if !shared.pushed.is_empty() {
-            self.outbox.push_unasked(&mut shared.spare, &shared.pushed);
+            self.outbox.push_unsolicited(&mut shared.spare, &shared.pushed);
             self.mark_dirty(shared);
         }
         Ok(())
@@ -1003,7 +1003,7 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
 
     /// Heap that its messages cause.
     fn messages_heap(&self) -> usize {
-        let messages = self.core.in_flight.len() + self.core.one_ways_held();
+        let messages = self.core.in_flight.len() + self.core.one_way_held();
         messages * REQUEST_HEAP + self.bodies_heap + self.outbox.heap()
     }
 

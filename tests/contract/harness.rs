@@ -28,7 +28,7 @@ use raio_transport::{loopback, mux, rdma, tcp};
 
 use crate::tls_peer::{self, unsealed};
 
-/// What a server grants of what nobody asks for.
+/// The unsolicited messages that a server grants.
 pub const PUSH: PushWindows = PushWindows { to_server: 64, to_client: 64, requests: 16 };
 
 /// Nothing in these tests takes so long unless it hangs.
@@ -162,9 +162,9 @@ pub enum Op {
     /// Takes no more one-way messages.
     RefuseOneWay,
     /// Sends so many one-way messages, each with its number and a receipt wanted, as many as are taken.
-    Shout,
+    SendOneWay,
     /// Asks so many questions, each with its number. The response says how many were taken.
-    Ask,
+    RequestClient,
 }
 
 /// A command.
@@ -176,7 +176,7 @@ pub fn command(op: Op, argument: u64) -> [u8; 16] {
 }
 
 /// The server's n-th one-way message, or question.
-pub fn shout(n: u64) -> Vec<u8> {
+pub fn unsolicited(n: u64) -> Vec<u8> {
     pattern(n, 8 + (n as usize * 37) % 700)
 }
 
@@ -811,17 +811,17 @@ impl Handler {
                 self.wires.transport().push(reactor, key.connection, Push::Refuse).unwrap();
                 self.answer(reactor, key, Status::OK, 0, &[], None);
             }
-            op if op == Op::Shout as u64 => {
+            op if op == Op::SendOneWay as u64 => {
                 let sent = (0..argument).take_while(|&tag| {
-                    let message = OneWay { message: &shout(tag), tag, wants_receipt: true };
+                    let message = OneWay { message: &unsolicited(tag), tag, wants_receipt: true };
                     self.wires.transport().send_one_way(reactor, key.connection, message).is_ok()
                 });
                 let sent = sent.count() as u64;
                 self.answer(reactor, key, Status::OK, sent, &[], None);
             }
-            op if op == Op::Ask as u64 => {
+            op if op == Op::RequestClient as u64 => {
                 let asked = (0..argument).take_while(|&tag| {
-                    let question = Push::Request(tag, &shout(tag));
+                    let question = Push::Request(tag, &unsolicited(tag));
                     self.wires.transport().push(reactor, key.connection, question).is_ok()
                 });
                 let asked = asked.count() as u64;
@@ -918,7 +918,7 @@ impl Client {
         self.replies.remove(0)
     }
 
-    /// Flushes, and gives the next thing that the server sends without being asked.
+    /// Flushes, and returns the next unsolicited message of the server, or receipt.
     pub fn next_event(&mut self) -> ClientEvent {
         self.transport.flush();
         let deadline = Instant::now() + PATIENCE;

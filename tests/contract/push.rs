@@ -1,5 +1,5 @@
-//! What nobody has asked for: one-way messages in both directions, with receipts, and requests of the server
-//! to its client. Each has a window of its own, and none stops the requests of the same connection.
+//! Unsolicited messages: one-way messages in both directions, with receipts, and requests of the server to
+//! its client. Each has a window of its own, and none stops the requests of the same connection.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use raio_transport::message::{self, BODY_BYTES_MAX, FEATURE_CRC, Receipt, Remote
 use raio_transport::transport::{Bulk, ClientEvent, CloseReason, NotPushed, OneWay};
 
 use crate::harness::{
-    BYSTANDER, Client, Op, PATIENCE, PUSH, Server, Transport, command, serve, serve_plain, shout,
+    BYSTANDER, Client, Op, PATIENCE, PUSH, Server, Transport, command, serve, serve_plain, unsolicited,
 };
 use crate::random::Random;
 use crate::raw::{Got, Raw};
@@ -58,7 +58,7 @@ fn push_soon(client: &mut Client, message: OneWay<'_>) {
     }
 }
 
-/// A server by hand whose client takes what nobody has asked for.
+/// A server by hand whose client takes unsolicited messages.
 fn hand_made_server(transport: Transport) -> (Client, Raw) {
     let policy = Policy { push: PUSH, ..Policy::default() };
     Raw::server_for(transport, &policy, offer(), Duration::ZERO)
@@ -130,11 +130,11 @@ contract! {
     fn a_server_sends_no_more_than_its_client_has_room_for_and_serves_it_all_the_same(transport) {
         let server = serve_plain(transport);
         let mut client = connect(&server);
-        assert_eq!(call(&mut client, Op::Shout, 20), 6);
+        assert_eq!(call(&mut client, Op::SendOneWay, 20), 6);
         client.works();
-        assert_eq!(call(&mut client, Op::Shout, 20), 0);
+        assert_eq!(call(&mut client, Op::SendOneWay, 20), 0);
         for n in 0..6 {
-            assert!(one_way(client.next_event()) == shout(n));
+            assert!(one_way(client.next_event()) == unsolicited(n));
         }
         server.each_seen(|seen| assert_eq!(seen.receipts, [0; 0], "nothing was released"));
         for _ in 0..4 {
@@ -142,19 +142,19 @@ contract! {
         }
         client.transport.flush();
         server.until("receipts", |seen| (seen.receipts == [0, 1, 2, 3]).then_some(()));
-        assert_eq!(call(&mut client, Op::Shout, 20), 4);
+        assert_eq!(call(&mut client, Op::SendOneWay, 20), 4);
         client.works();
     }
 
     fn who_refuses_one_way_messages_gets_none_and_is_served_as_before(transport) {
         let server = serve_plain(transport);
         let mut client = connect(&server);
-        call(&mut client, Op::Shout, 3);
+        call(&mut client, Op::SendOneWay, 3);
         client.transport.refuse();
         assert!(client.transport.next_event().is_none(), "what had come is dropped");
         client.transport.flush();
         server.until("the refusal", |seen| (seen.refused == 1).then_some(()));
-        assert_eq!(call(&mut client, Op::Shout, 3), 0);
+        assert_eq!(call(&mut client, Op::SendOneWay, 3), 0);
         client.transport.refuse();
         // The other way.
         client.push(1, b"before", true);
@@ -174,10 +174,10 @@ contract! {
     fn a_server_asks_its_client_which_answers_in_any_order(transport) {
         let server = serve_plain(transport);
         let mut client = connect(&server);
-        assert_eq!(call(&mut client, Op::Ask, 5), 3);
+        assert_eq!(call(&mut client, Op::RequestClient, 5), 3);
         let mut asked: Vec<_> = (0..3).map(|n| match client.next_event() {
             ClientEvent::Request(id, body) => {
-                let question = shout(n);
+                let question = unsolicited(n);
                 assert!(body[..question.len()] == question);
                 assert_eq!(body.len(), question.len().next_multiple_of(8));
                 id
@@ -195,7 +195,7 @@ contract! {
             assert_eq!((answer.tag, answer.result, &*answer.body), (tag, 100 + tag, &b"answer\0\0"[..]));
             assert_eq!(answer.status.is_ok(), tag % 2 == 0);
         }
-        assert_eq!(call(&mut client, Op::Ask, 1), 1, "an answer makes room");
+        assert_eq!(call(&mut client, Op::RequestClient, 1), 1, "an answer makes room");
         assert!(matches!(client.next_event(), ClientEvent::Request(..)));
     }
 
@@ -205,8 +205,8 @@ contract! {
         let mut client = server.connect(&offer).unwrap();
         client.push(5, b"checked", true);
         assert!(matches!(client.next_event(), ClientEvent::Receipt(5)));
-        assert_eq!((call(&mut client, Op::Shout, 1), call(&mut client, Op::Ask, 1)), (1, 1));
-        assert!(one_way(client.next_event()) == shout(0));
+        assert_eq!((call(&mut client, Op::SendOneWay, 1), call(&mut client, Op::RequestClient, 1)), (1, 1));
+        assert!(one_way(client.next_event()) == unsolicited(0));
         let ClientEvent::Request(id, _) = client.next_event() else { panic!("no request") };
         client.transport.release();
         client.transport.answer(id, Status::OK, 1, &[]);
@@ -219,23 +219,23 @@ contract! {
         let mut client = server.client();
         let message = OneWay { message: b"no", tag: 0, wants_receipt: false };
         assert_eq!(client.transport.send_one_way(message), Err(NotPushed::Refused));
-        assert_eq!((call(&mut client, Op::Shout, 1), call(&mut client, Op::Ask, 1)), (0, 0));
+        assert_eq!((call(&mut client, Op::SendOneWay, 1), call(&mut client, Op::RequestClient, 1)), (0, 0));
         let server = serve(transport, Policy::default());
         let mut client = connect(&server);
         assert_eq!(client.transport.send_one_way(message), Err(NotPushed::Refused));
-        assert_eq!((call(&mut client, Op::Shout, 1), call(&mut client, Op::Ask, 1)), (0, 0));
+        assert_eq!((call(&mut client, Op::SendOneWay, 1), call(&mut client, Op::RequestClient, 1)), (0, 0));
         client.works();
     }
 
     fn what_had_come_before_the_end_can_be_taken_after_it(transport) {
         let server = serve_plain(transport);
         let mut client = connect(&server);
-        assert_eq!(call(&mut client, Op::Shout, 2), 2);
+        assert_eq!(call(&mut client, Op::SendOneWay, 2), 2);
         client.send(1, &command(Op::Close, 0), Bulk::None);
         client.transport.flush();
         client.until_failed();
         for n in 0..2 {
-            assert!(client.transport.next_event().is_some_and(|event| one_way(event) == shout(n)));
+            assert!(client.transport.next_event().is_some_and(|event| one_way(event) == unsolicited(n)));
         }
         assert!(client.transport.next_event().is_none());
         client.transport.release();
@@ -312,20 +312,20 @@ contract! {
         let server = serve_plain(transport);
         let mut client = connect(&server);
         let (mut sent, mut wanted, mut received, mut held, mut owed) = (0, Vec::new(), 0, 0, Vec::new());
-        let (mut shouted, mut asked) = (0, 0);
+        let (mut sent_by_server, mut asked) = (0, 0);
         let mut tags = Vec::new();
         for _ in 0..400 {
             match random.below(8) {
                 0 | 1 => {
                     let wants_receipt = random.below(2) == 0;
-                    let message = OneWay { message: &shout(sent), tag: sent, wants_receipt };
+                    let message = OneWay { message: &unsolicited(sent), tag: sent, wants_receipt };
                     if client.transport.send_one_way(message).is_ok() {
                         wanted.extend(wants_receipt.then_some(sent));
                         sent += 1;
                     }
                 }
-                2 => shouted += call(&mut client, Op::Shout, random.below(4)),
-                3 => asked += call(&mut client, Op::Ask, random.below(3)),
+                2 => sent_by_server += call(&mut client, Op::SendOneWay, random.below(4)),
+                3 => asked += call(&mut client, Op::RequestClient, random.below(3)),
                 4 if held > 0 => {
                     client.transport.release();
                     held -= 1;
@@ -355,7 +355,7 @@ contract! {
                 }
             }
         }
-        while tags.len() < wanted.len() || received < shouted {
+        while tags.len() < wanted.len() || received < sent_by_server {
             match client.next_event() {
                 ClientEvent::OneWay(_) => received += 1,
                 ClientEvent::Receipt(tag) => tags.push(tag),
@@ -367,9 +367,9 @@ contract! {
             client.transport.answer(id, Status::OK, id, &[]);
         }
         client.transport.flush();
-        assert_eq!((tags, received), (wanted, shouted));
+        assert_eq!((tags, received), (wanted, sent_by_server));
         let messages = seen_by(&server, sent as usize);
-        assert!(messages.iter().enumerate().all(|(n, message)| *message == shout(n as u64)));
+        assert!(messages.iter().enumerate().all(|(n, message)| *message == unsolicited(n as u64)));
         server.until("all answers", |seen| (seen.answers.len() as u64 == asked).then_some(()));
         client.works();
     }
@@ -379,7 +379,7 @@ contract! {
         let mut bystander = server.connect(&Offer { push: WINDOWS, ..Offer::new(BYSTANDER) }).unwrap();
         let mut idle: Vec<_> = (0..5).map(|_| connect(&server)).collect();
         for client in &mut idle {
-            assert_eq!((call(client, Op::Shout, 99), call(client, Op::Ask, 99)), (6, 3));
+            assert_eq!((call(client, Op::SendOneWay, 99), call(client, Op::RequestClient, 99)), (6, 3));
         }
         for _ in 0..20 {
             bystander.push(0, b"still here", true);
