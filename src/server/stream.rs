@@ -17,7 +17,7 @@ use super::{ConnectionCore, Control, Due, Phase};
 use crate::error::{Status, Violation};
 use crate::handshake::{Identity, Peer, Policy};
 use crate::memory::{Arena, Slot, SlotRange};
-use crate::message::{self, HEADER_BYTES, Kind, Message, Parsed, QueuePairAddress, RemoteRegion};
+use crate::message::{self, BODY_BYTES_MAX, HEADER_BYTES, Kind, Message, Parsed, QueuePairAddress, RemoteRegion};
 use crate::reactor::{LoopClock, SendBatch};
 use crate::records::Records;
 use crate::tls::kernel::ControlRecord;
@@ -1003,8 +1003,9 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
 
     /// Heap that its messages cause.
     fn messages_heap(&self) -> usize {
-        let messages = self.core.in_flight.len() + self.core.one_way_held();
-        messages * REQUEST_HEAP + self.bodies_heap + self.outbox.heap()
+        // How long those are that the program has is not kept.
+        let one_way = self.core.one_way_held() * (REQUEST_HEAP + BODY_BYTES_MAX);
+        self.core.in_flight.len() * REQUEST_HEAP + self.bodies_heap + one_way + self.outbox.heap()
     }
 
     /// ... and all else that it causes beyond what every connection does.
