@@ -17,7 +17,9 @@ use super::{ConnectionCore, Control, Due, Phase};
 use crate::error::{Status, Violation};
 use crate::handshake::{Identity, Peer, Policy};
 use crate::memory::{Arena, Slot, SlotRange};
-use crate::message::{self, BODY_BYTES_MAX, HEADER_BYTES, Kind, Message, Parsed, QueuePairAddress, RemoteRegion};
+use crate::message::{
+    self, BODY_BYTES_MAX, HEADER_BYTES, Kind, Message, Parsed, QueuePairAddress, RemoteRegion,
+};
 use crate::reactor::{LoopClock, SendBatch};
 use crate::records::Records;
 use crate::tls::kernel::ControlRecord;
