@@ -106,3 +106,14 @@ fn echo_returns_what_was_sent_between_two_processes() {
     assert!(!too_much.status.success());
     assert!(String::from_utf8_lossy(&too_much.stderr).contains("at most 1048576 bytes"), "{too_much:?}");
 }
+
+#[test]
+fn both_ways_finds_the_number_that_its_client_thinks_of() {
+    for number in ["0", "617", "999"] {
+        let said = output("both_ways", &[number]);
+        let found = format!("client: it is {number}");
+        assert!(said.lines().any(|line| line == found), "{said}");
+        assert!(said.contains("server: it says \"Thank you!\"\n"), "{said}");
+        assert!(said.ends_with("client: the server has taken the thanks\n"), "{said}");
+    }
+}

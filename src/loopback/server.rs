@@ -309,7 +309,8 @@ impl ServerTransport for LoopbackServer {
     }
 
     fn push(&mut self, _reactor: &mut Reactor, id: ConnectionId, push: Push<'_>) -> Result<(), NotPushed> {
-        self.get(id).ok_or(NotPushed::Closed)?.messages.push(push)?;
+        let found = self.connections.get_mut(id.index as usize).filter(|c| c.messages.core.id == id);
+        found.ok_or(NotPushed::Closed)?.messages.push(push, &mut self.events)?;
         self.dirty.push(id);
         Ok(())
     }

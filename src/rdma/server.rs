@@ -988,7 +988,8 @@ impl ServerTransport for RdmaServer {
     }
 
     fn push(&mut self, _reactor: &mut Reactor, id: ConnectionId, push: Push<'_>) -> Result<(), NotPushed> {
-        self.get_alive(id).ok_or(NotPushed::Closed)?.messages.push(push)?;
+        let connection = find(&mut self.connections, id).ok_or(NotPushed::Closed)?;
+        connection.messages.push(push, &mut self.events)?;
         self.mark_dirty(id);
         Ok(())
     }

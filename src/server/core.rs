@@ -178,8 +178,14 @@ impl<R> ConnectionCore<R> {
         self.one_way.held()
     }
 
-    /// Appends an unsolicited message to `out`, if there is something to say.
-    pub fn push(&mut self, push: Push<'_>, out: &mut Vec<u8>) -> Result<(), NotPushed> {
+    /// Appends an unsolicited message to `out`, if there is something to say. `events` are those that wait to
+    /// be handed out.
+    pub fn push(
+        &mut self,
+        push: Push<'_>,
+        events: &mut VecDeque<ServerEvent>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), NotPushed> {
         if !self.is_open() {
             return Err(NotPushed::Closed);
         }
@@ -187,7 +193,11 @@ impl<R> ConnectionCore<R> {
         match push {
             Push::OneWay(message) => self.one_way.send(message, crc, out)?,
             Push::Release => self.one_way.release(crc, out),
-            Push::Refuse => self.one_way.refuse(crc, out),
+            Push::Refuse => {
+                let id = self.id;
+                events.retain(|event| !matches!(event, ServerEvent::OneWay(from, _) if *from == id));
+                self.one_way.refuse(crc, out);
+            }
             Push::Request(tag, body) => self.requests.send(tag, body, crc, out)?,
         }
         Ok(())

@@ -221,9 +221,9 @@ impl<I> MessageConnection<I> {
     }
 
     /// Sends an unsolicited message.
-    pub fn push(&mut self, push: Push<'_>) -> Result<(), NotPushed> {
+    pub fn push(&mut self, push: Push<'_>, events: &mut VecDeque<ServerEvent>) -> Result<(), NotPushed> {
         let mut message = Vec::new();
-        self.core.push(push, &mut message)?;
+        self.core.push(push, events, &mut message)?;
         if !message.is_empty() {
             self.unsent.push_back(Outgoing::Message(message));
         }

@@ -839,7 +839,7 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
     /// Sends an unsolicited message.
     pub fn push(&mut self, push: Push<'_>, shared: &mut StreamShared) -> Result<(), NotPushed> {
         shared.pushed.clear();
-        self.core.push(push, &mut shared.pushed)?;
+        self.core.push(push, &mut shared.events, &mut shared.pushed)?;
         if !shared.pushed.is_empty() {
             self.outbox.push_unsolicited(&mut shared.spare, &shared.pushed);
             self.mark_dirty(shared);

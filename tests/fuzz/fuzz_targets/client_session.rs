@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
 use raio_fuzz::{Mode, handshake_len, mend_handshake, mend_messages};
-use raio_transport::handshake::{Offer, Policy};
+use raio_transport::handshake::{Offer, Policy, PushWindows};
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::{FEATURE_CRC, Parsed, SessionId};
-use raio_transport::tcp;
-use raio_transport::transport::{Bulk, ClientTransport, SendOptions};
+use raio_transport::transport::{Bulk, ClientEvent, ClientTransport, OneWay, SendOptions};
+use raio_transport::{Status, tcp};
 
 /// Room of the requests, cut into pieces or not; None: no room, some data to send.
 const ROOMS: [Option<&[usize]>; 6] =
@@ -27,14 +27,15 @@ fuzz_target!(|input: &[u8]| {
     let mode = Mode(mode);
     let mut bytes = bytes.to_vec();
     let features = if mode.has(Mode::CRC) { FEATURE_CRC } else { 0 };
-    let offer = Offer { features, session: SessionId([1; 16]), ..Offer::new("fuzz") };
+    let push = PushWindows { to_server: 4, to_client: 4, requests: 2 };
+    let offer = Offer { features, session: SessionId([1; 16]), push, ..Offer::new("fuzz") };
     let begins = if mode.has(Mode::HANDSHAKE) {
         if !mode.has(Mode::RAW) {
             mend_handshake(&mut bytes);
         }
         handshake_len(&bytes)
     } else {
-        let policy = Policy { queue_depth: 16, server: [2; 16], ..Policy::default() };
+        let policy = Policy { queue_depth: 16, server: [2; 16], push, ..Policy::default() };
         let Ok(Parsed::Item((_, welcome), _)) = policy.welcome(&offer.hello()) else { unreachable!() };
         let begins = welcome.len();
         bytes.splice(0..0, welcome);
@@ -74,12 +75,14 @@ fn session(mode: Mode, offer: &Offer, welcome: &[u8], bytes: &[u8]) {
         // More than the socket takes is as good as cut short.
         let _ = server.write_all(piece);
         client.receive(&mut replies);
+        events(&mut client);
     }
     let _ = server.shutdown(Shutdown::Write);
     let end = Instant::now() + Duration::from_secs(5);
     while client.failure().is_none() {
         assert!(Instant::now() < end, "the end of the stream does not end the connection");
         client.receive(&mut replies);
+        events(&mut client);
     }
     client.receive(&mut replies);
     assert_eq!(client.outstanding(), 0);
@@ -96,4 +99,35 @@ fn session(mode: Mode, offer: &Offer, welcome: &[u8], bytes: &[u8]) {
             Bulk::None => panic!("the buffers have not come back"),
         }
     }
+}
+
+/// Takes what the server has sent unsolicited. The first byte says what becomes of it.
+fn events(client: &mut tcp::TcpClient) {
+    while let Some(event) = client.next_event() {
+        match event {
+            ClientEvent::OneWay(message) => match message.first().copied().unwrap_or(0) % 4 {
+                0 => {}
+                1 => {
+                    client.refuse();
+                    assert!(client.next_event().is_none_or(|event| !matches!(event, ClientEvent::OneWay(_))));
+                    return;
+                }
+                2 => {
+                    let _ = client.send_one_way(OneWay { message: &message, tag: 1, wants_receipt: true });
+                }
+                _ => client.release(),
+            },
+            ClientEvent::Request(id, body) => {
+                if body.first().is_none_or(|first| first % 2 == 0) {
+                    client.answer(id, Status::OK, 1, &body);
+                }
+            }
+            ClientEvent::Receipt(tag) => assert_eq!(tag, 1),
+            ClientEvent::Refused => {
+                let more = OneWay { message: b"more", tag: 2, wants_receipt: false };
+                assert!(client.send_one_way(more).is_err(), "it is refused");
+            }
+        }
+    }
+    client.flush();
 }

@@ -7,10 +7,10 @@
 
 use libfuzzer_sys::fuzz_target;
 use raio_fuzz::{Mode, mend_handshake, mend_messages};
-use raio_transport::handshake::{Offer, Policy};
+use raio_transport::handshake::{Offer, Policy, PushWindows};
 use raio_transport::message::{
-    FEATURE_CRC, Hello, Limits, Message, Parsed, Welcome, encode_goaway, encode_ping, encode_pong,
-    encode_queue_pair, parse, parse_handshake, parse_options, text,
+    FEATURE_CRC, Hello, Limits, Message, Parsed, Welcome, encode_goaway, encode_one_way, encode_ping,
+    encode_pong, encode_queue_pair, encode_receipt, parse, parse_handshake, parse_options, text,
 };
 use raio_transport::protocol::{Command, FileStatus};
 use raio_transport::{Violation, message};
@@ -56,7 +56,8 @@ fn private(bytes: &[u8]) {
 }
 
 fn handshake(bytes: &[u8]) {
-    let policy = Policy { server: [7; 16], queue_pair: true, ..Policy::default() };
+    let push = PushWindows { to_server: 3, to_client: 2, requests: 1 };
+    let policy = Policy { server: [7; 16], queue_pair: true, push, ..Policy::default() };
     if let Ok(Parsed::Item((peer, welcome), taken)) = policy.welcome(bytes) {
         assert!(taken <= bytes.len() && peer.grant.queue_depth <= policy.queue_depth);
         assert!(peer.name.len() <= 256);
@@ -66,6 +67,7 @@ fn handshake(bytes: &[u8]) {
             queue_pair: peer.grant.queue_pair,
             channel: peer.channel,
             supersedes: peer.supersedes,
+            push: peer.grant.push,
             ..Offer::new("the same")
         };
         match offer.grant(&welcome) {
@@ -120,6 +122,10 @@ fn messages(mut bytes: &[u8], limits: &Limits) {
                 again.clear();
                 again.extend_from_slice(&bytes[..taken]);
             }
+            Message::OneWay(message, wants_receipt) => {
+                encode_one_way(message, wants_receipt, limits.crc, &mut again);
+            }
+            Message::Receipt(receipt) => encode_receipt(receipt, limits.crc, &mut again),
         }
         assert_eq!(again, &bytes[..taken], "{message:?}");
         bytes = &bytes[taken..];

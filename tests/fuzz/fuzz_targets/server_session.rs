@@ -138,15 +138,14 @@ impl Server {
             handshake_len(&bytes)
         } else {
             let features = if crc { FEATURE_CRC } else { 0 };
-            let hello =
-                Offer {
-                    features,
-                    session: SessionId([1; 16]),
-                    queue_pair: true,
-                    push: WINDOWS,
-                    ..Offer::new("fuzz")
-                }
-                .hello();
+            let hello = Offer {
+                features,
+                session: SessionId([1; 16]),
+                queue_pair: true,
+                push: WINDOWS,
+                ..Offer::new("fuzz")
+            }
+            .hello();
             let begins = hello.len();
             bytes.splice(0..0, hello);
             begins

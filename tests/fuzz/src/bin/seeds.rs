@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use raio_fuzz::{Mode, PUBLIC_KEYS, peer, step, tls};
 use raio_transport::Status;
 use raio_transport::connecting::Connecting;
-use raio_transport::handshake::{Offer, Policy};
+use raio_transport::handshake::{Offer, Policy, PushWindows};
 use raio_transport::keys::SecretKey;
 use raio_transport::message::{
     self, FEATURE_CRC, HandshakeOption, Hello, Link, MAGIC, OPTION_NAME, OPTION_REQUIRED, Parsed,
@@ -516,6 +516,17 @@ fn control() -> Vec<(String, Vec<u8>)> {
         encode(&mut bytes);
         bytes
     };
+    let receipt = |released, is_last| {
+        encoded(&|out| message::encode_receipt(message::Receipt { released, is_last }, false, out))
+    };
+    let question = RequestHeader {
+        id: 0,
+        body_len: 0,
+        data_len: 0,
+        region: RemoteRegion::None,
+        has_crc: false,
+        data_crc: 0,
+    };
     let queue_pair = QueuePairAddress {
         gid: [1; 16],
         qpn: 17,
@@ -538,6 +549,11 @@ fn control() -> Vec<(String, Vec<u8>)> {
             }),
         ),
         ("goaway".into(), encoded(&|out| message::encode_goaway(Status::protocol(71), "Bye.", false, out))),
+        ("one-way".into(), encoded(&|out| message::encode_one_way(b"\x00and an end", true, false, out))),
+        ("one-way-released".into(), encoded(&|out| message::encode_one_way(b"\x04", false, false, out))),
+        ("receipt".into(), receipt(1, false)),
+        ("receipt-last".into(), receipt(0, true)),
+        ("question".into(), encoded(&|out| question.encode(b"\x00what now", false, out))),
     ]
 }
 
@@ -548,10 +564,12 @@ fn hellos() -> Vec<(String, Vec<u8>)> {
     };
     let option = |kind, flags, value| HandshakeOption { kind, flags, value };
     let unknown = [option(0x7fff, 0, &b"future"[..]), option(OPTION_NAME, 0, b"seed")];
+    let push = PushWindows { to_server: 8, to_client: 8, requests: 4 };
     let required = [option(0x7fff, OPTION_REQUIRED, &b"future"[..])];
     vec![
         ("hello".into(), plain.hello()),
         ("hello-queue-pair".into(), Offer { queue_pair: true, ..plain.clone() }.hello()),
+        ("hello-push".into(), Offer { push, ..plain.clone() }.hello()),
         ("hello-crc".into(), Offer { features: FEATURE_CRC, queue_depth: 4, ..plain }.hello()),
         ("hello-unknown-option".into(), message::encode_handshake(fixed, &unknown)),
         ("hello-required-option".into(), message::encode_handshake(fixed, &required)),
