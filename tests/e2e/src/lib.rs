@@ -56,7 +56,7 @@ pub use server::{
 };
 pub use site::{Client, Site, pin};
 pub use wire::{
-    Cut, LISTEN, NUMBERS_BYTES, Shaped, Silenced, TCP, needs_wire, numbers, replug, resources,
+    Cut, LISTEN, NUMBERS_BYTES, Replug, Shaped, Silenced, TCP, needs_wire, numbers, replug, resources,
     resources_return_to,
 };
 

@@ -177,6 +177,16 @@ pub fn replug() {
     }
 }
 
+/// Makes the devices anew when it is dropped, so that a test that fails leaves them to those after it. To be
+/// made before what uses them.
+pub struct Replug;
+
+impl Drop for Replug {
+    fn drop(&mut self) {
+        replug();
+    }
+}
+
 /// How many there are of everything that the kernel keeps for users of the devices: "rxe0 qp" and so on.
 pub fn resources() -> BTreeMap<String, u64> {
     let text = run("rdma", &["-j", "resource", "show"]);

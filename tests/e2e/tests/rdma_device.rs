@@ -3,7 +3,7 @@
 
 use std::process::{Command, Stdio};
 
-use raio_e2e::{Cut, Flood, LISTEN, Server, TCP, needs_wire, numbers, replug};
+use raio_e2e::{Cut, Flood, LISTEN, Replug, Server, TCP, needs_wire, numbers, replug};
 
 /// Some more is read by those who are still there.
 fn should_continue(server: &mut Server, floods: &mut [&mut Flood]) {
@@ -31,6 +31,7 @@ fn flood_within_rxe0(url: &str) -> Flood {
 #[test]
 fn when_a_device_is_removed_its_connections_end_with_a_sentence_and_others_go_on() {
     let Some(_wire) = needs_wire("removing a device") else { return };
+    let _replug = Replug;
     let (_directory, export) = numbers();
     let listens = [LISTEN, "rdma://10.77.0.2:0", TCP].map(|url| ["--listen", url]).concat();
     let mut server =
@@ -55,12 +56,12 @@ fn when_a_device_is_removed_its_connections_end_with_a_sentence_and_others_go_on
     server.statistics_when(|statistics| statistics["connections"] == 4);
     drop((within, tcp, server));
     assert!(removal.wait().expect("rdma link delete ends").success());
-    replug();
 }
 
 #[test]
 fn when_a_port_goes_down_its_connections_end_with_a_sentence_and_tcp_goes_on() {
     let Some(_wire) = needs_wire("a port that goes down") else { return };
+    let _replug = Replug;
     let (_directory, export) = numbers();
     let mut server = Server::start_with(
         &[&export],
