@@ -214,7 +214,8 @@ contract! {
         for _ in 0..40 {
             for client in &mut clients {
                 let reply = client.next();
-                assert_eq!(reply.result, 40_000);
+                let failure = client.transport.failure();
+                assert_eq!(reply.result, 40_000, "{:?}, and {failure:?}", reply.status);
                 assert!(bytes_of(&reply.bulk) == pattern(reply.tag, 40_000));
             }
         }
