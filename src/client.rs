@@ -1000,11 +1000,11 @@ impl<L> Core<L> {
 }
 
 impl<L> Core<L> {
-    /// Queues the message that `encode` appends, if it does.
-    fn queue(&mut self, encode: impl FnOnce(&mut Self, &mut Vec<u8>)) {
+    /// Queues the message that `encode` appends, if it does. The flag says whether messages have checksums.
+    fn queue(&mut self, encode: impl FnOnce(&mut Self, bool, &mut Vec<u8>)) {
         let mut head = std::mem::take(&mut self.head);
         let start = head.len();
-        encode(self, &mut head);
+        encode(self, self.limits.crc, &mut head);
         self.head = head;
         if self.head.len() > start {
             self.push(start, 0, None, false);
@@ -1108,30 +1108,27 @@ impl<L> ClientCore for Core<L> {
         if self.failure.is_some() {
             return Err(NotPushed::Closed);
         }
-        let (mut sent, crc) = (Ok(()), self.limits.crc);
-        self.queue(|core, out| sent = core.one_way.send(message, crc, out));
+        let mut sent = Ok(());
+        self.queue(|core, crc, out| sent = core.one_way.send(message, crc, out));
         sent
     }
 
     fn release(&mut self) {
         if self.failure.is_none() {
-            let crc = self.limits.crc;
-            self.queue(|core, out| core.one_way.release(crc, out));
+            self.queue(|core, crc, out| core.one_way.release(crc, out));
         }
     }
 
     fn refuse(&mut self) {
         if self.failure.is_none() {
-            let crc = self.limits.crc;
             self.events.retain(|event| !matches!(event, ClientEvent::OneWay(_)));
-            self.queue(|core, out| core.one_way.refuse(crc, out));
+            self.queue(|core, crc, out| core.one_way.refuse(crc, out));
         }
     }
 
     fn answer(&mut self, request: u64, status: Status, result: u64, body: &[u8]) {
         if self.failure.is_none() {
-            let crc = self.limits.crc;
-            self.queue(|core, out| core.unanswered.answer(request, (status, result, body), crc, out));
+            self.queue(|core, crc, out| core.unanswered.answer(request, (status, result, body), crc, out));
         }
     }
 

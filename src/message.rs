@@ -416,6 +416,11 @@ impl Header {
 }
 
 impl RequestHeader {
+    /// A request with this id that has neither data nor a region, and no checksum of its own.
+    pub fn of_command(id: u64) -> Self {
+        Self { id, body_len: 0, data_len: 0, region: RemoteRegion::None, has_crc: false, data_crc: 0 }
+    }
+
     /// Appends a request to `out`. `self.body_len` is ignored: the body says it. `crc`: all messages of the
     /// connection have checksums.
     pub fn encode(&self, body: &[u8], crc: bool, out: &mut Vec<u8>) {

@@ -228,9 +228,7 @@ impl ServerRequests {
         let id = self.next;
         self.next = self.next.wrapping_add(1);
         self.outstanding.push((id, tag));
-        let region = RemoteRegion::None;
-        RequestHeader { id, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 }
-            .encode(body, crc, out);
+        RequestHeader::of_command(id).encode(body, crc, out);
         Ok(())
     }
 

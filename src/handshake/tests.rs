@@ -206,7 +206,7 @@ fn a_refusal_is_read_with_its_sentence() {
 }
 
 #[test]
-fn the_windows_of_what_nobody_asks_for_have_these_bytes() {
+fn the_windows_of_unsolicited_messages_have_these_bytes() {
     let offer = Offer { push: PushWindows { to_server: 1, to_client: 0x203, requests: 4 }, ..offer() };
     let hello = offer.hello();
     assert_eq!(&hello[hello.len() - 16..], hex("06 00 00 00 08 00 00 00  01 00 03 02 04 00 00 00"));

@@ -100,7 +100,7 @@ fn a_receipt_that_says_nothing_new_or_too_much_is_a_violation() {
 }
 
 #[test]
-fn who_refuses_drops_what_is_under_way_and_gets_no_more() {
+fn a_side_that_refuses_drops_messages_under_way_and_receives_no_more() {
     let (mut client, mut server) = (OneWayFlow::of_client(&windows(4)), OneWayFlow::of_server(&windows(4)));
     let (mut up, mut down) = (Wire::default(), Wire::default());
     for tag in 0..3 {
@@ -178,14 +178,7 @@ fn a_client_answers_each_request_of_its_server_once_and_takes_no_more_than_it_of
 
 #[test]
 fn a_request_of_a_server_with_data_is_a_violation() {
-    let request = RequestHeader {
-        id: 1,
-        body_len: 0,
-        data_len: 0,
-        region: RemoteRegion::None,
-        has_crc: false,
-        data_crc: 0,
-    };
+    let request = RequestHeader::of_command(1);
     let region = RemoteRegion::In { address: 1, key: 1, len: 1 };
     for request in [RequestHeader { data_len: 1, ..request }, RequestHeader { region, ..request }] {
         assert_eq!(Unanswered::new(&windows(1)).on_request(&request), Err(Violation::Field));

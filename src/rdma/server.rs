@@ -803,7 +803,7 @@ fn plus(one: ServerCounters, other: ServerCounters) -> ServerCounters {
     }
 }
 
-/// The queue pair of a connection with so many credits, and so many unsolicited messages.
+/// The queue pair of a connection with this number of credits and this number of unsolicited messages.
 fn size_for(credits: usize, pushes: usize, inline_bytes_max: u32, reads_max: u8) -> Size {
     Size {
         // A WRITE and a SEND for each response, and control messages. Pushes wait for room.

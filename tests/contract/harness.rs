@@ -161,9 +161,9 @@ pub enum Op {
     Keep,
     /// Takes no more one-way messages.
     RefuseOneWay,
-    /// Sends so many one-way messages, each with its number and a receipt wanted, as many as are taken.
+    /// Sends one-way messages that want a receipt until their number is the argument, or the window is full.
     SendOneWay,
-    /// Asks so many questions, each with its number. The response says how many were taken.
+    /// Sends requests to the client likewise. The result of both is how many were sent.
     RequestClient,
 }
 

@@ -31,7 +31,7 @@ fn call(client: &mut Client, op: Op, argument: u64) -> u64 {
     reply.result
 }
 
-/// Waits until the server has seen so many one-way messages, and returns them.
+/// Waits until the server has received `count` one-way messages, and returns them.
 fn seen_by(server: &Server, count: usize) -> Vec<Vec<u8>> {
     server.until("one-way messages", |seen| {
         (seen.one_ways.len() >= count)
@@ -146,12 +146,12 @@ contract! {
         client.works();
     }
 
-    fn who_refuses_one_way_messages_gets_none_and_is_served_as_before(transport) {
+    fn a_side_that_refuses_one_way_messages_receives_none_and_requests_go_on(transport) {
         let server = serve_plain(transport);
         let mut client = connect(&server);
         call(&mut client, Op::SendOneWay, 3);
         client.transport.refuse();
-        assert!(client.transport.next_event().is_none(), "what had come is dropped");
+        assert!(client.transport.next_event().is_none(), "received messages that were not taken are dropped");
         client.transport.flush();
         server.until("the refusal", |seen| (seen.refused == 1).then_some(()));
         assert_eq!(call(&mut client, Op::SendOneWay, 3), 0);
@@ -392,7 +392,7 @@ contract! {
 }
 
 fn ask(id: u64, region: RemoteRegion, out: &mut Vec<u8>) {
-    message::RequestHeader { id, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 }.encode(
+    message::RequestHeader { region, ..message::RequestHeader::of_command(id) }.encode(
         b"what now",
         false,
         out,

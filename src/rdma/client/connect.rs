@@ -352,8 +352,8 @@ fn unconnected(at: &PortAddress, grant: &Grant) -> Result<(Parts, QueuePairAddre
     Ok((Parts { qp, domain, channel, events: None, has_windows: limits.has_windows }, ours))
 }
 
-/// The queue pair of a connection with this number of credits, and so many unsolicited messages. The send
-/// queue may be shorter: work requests without room wait.
+/// The queue pair of a connection with this number of credits and this number of unsolicited messages. The
+/// send queue may be shorter: work requests without room wait.
 fn size_for(credits: usize, pushes: usize, has_windows: bool) -> Size {
     // Each request has a SEND at most, and its window is bound and invalidated.
     let sends = if has_windows { 3 } else { 1 };

@@ -32,7 +32,7 @@ use raio_transport::transport::{
 
 const DATA_BYTES_MAX: u32 = 64 << 10;
 const ARENA_BYTES: usize = 4 << 20;
-/// How much there may be that nobody has asked for.
+/// The unsolicited messages that may be under way.
 const WINDOWS: PushWindows = PushWindows { to_server: WINDOW, to_client: WINDOW, requests: 4 };
 const WINDOW: u16 = 8;
 /// What slots are full of before they are used.

@@ -519,14 +519,7 @@ fn control() -> Vec<(String, Vec<u8>)> {
     let receipt = |released, is_last| {
         encoded(&|out| message::encode_receipt(message::Receipt { released, is_last }, false, out))
     };
-    let question = RequestHeader {
-        id: 0,
-        body_len: 0,
-        data_len: 0,
-        region: RemoteRegion::None,
-        has_crc: false,
-        data_crc: 0,
-    };
+    let question = RequestHeader::of_command(0);
     let queue_pair = QueuePairAddress {
         gid: [1; 16],
         qpn: 17,
