@@ -104,7 +104,7 @@ pub(crate) const RDMA_COMPANION_GRACE: Duration = Duration::from_millis(100);
 pub(crate) const RDMA_GOAWAY_TIME: Duration = Duration::from_millis(100);
 /// How long a region that is unregistered waits for its windows to be invalidated before the connection is
 /// ended instead. Not measured: the device itself gives the server up before, after [`ACK_RETRIES`].
-pub(crate) const RDMA_INVALIDATE_TIME: Duration = Duration::from_secs(2);
+pub(crate) const RDMA_INVALIDATE_TIME: Duration = Duration::from_secs(3);
 
 // The server's half, on every transport
 // ----------------------------------------------------------------------------------------------------------
@@ -201,10 +201,11 @@ pub(crate) const RNR_RETRIES: u8 = 3;
 /// Routers that a packet may pass: the usual TTL of IP.
 pub(crate) const HOPS: u8 = 64;
 /// How long the device waits for an acknowledgement before it sends again, as verbs counts it: 4.096 us <<
-/// 15, that is 134 ms. rdma_cm's own choice would take minutes. Not measured.
-pub(crate) const ACK_TIMEOUT: u8 = 15;
-/// How often the device sends again: with these six a connection whose wire is cut ends after about a second.
-/// Seven are for ever with Soft-RoCE.
+/// 16, that is 268 ms. rdma_cm's own choice would take minutes. With 134 ms, Soft-RoCE on the emulated
+/// processors of a busy machine gives up connections whose peers live.
+pub(crate) const ACK_TIMEOUT: u8 = 16;
+/// How often the device sends again: with these six a connection whose wire is cut ends after about two
+/// seconds. Seven are for ever with Soft-RoCE.
 pub(crate) const ACK_RETRIES: u8 = 6;
 /// How long one try of rdma_cm to find the way to an address takes. Not measured: the kernel asks the network
 /// for it, and the try is repeated.
