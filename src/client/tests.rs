@@ -321,15 +321,7 @@ fn a_large_answer_may_be_read_into_place() {
 fn the_server_may_not_give_what_was_not_asked_for() {
     let [first, second] = [RequestId(0), RequestId(1)];
     let mut request = Vec::new();
-    message::RequestHeader {
-        id: 0,
-        body_len: 0,
-        data_len: 0,
-        region: RemoteRegion::None,
-        has_crc: false,
-        data_crc: 0,
-    }
-    .encode(&[0; 24], false, &mut request);
+    message::RequestHeader::of_command(0).encode(&[0; 24], false, &mut request);
     let mut pong = Vec::new();
     message::encode_pong(1, 0, false, &mut pong);
     let address = QueuePairAddress {

@@ -39,7 +39,7 @@ fn golden(text: &str, limits: &Limits, message: Message<'_>, encode: impl FnOnce
 }
 
 fn a_request(region: RemoteRegion) -> RequestHeader {
-    RequestHeader { id: ID, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 }
+    RequestHeader { region, ..RequestHeader::of_command(ID) }
 }
 
 fn a_response(status: Status) -> ResponseHeader {

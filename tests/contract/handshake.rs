@@ -268,14 +268,7 @@ fn a_hello_in_pieces_is_taken_and_what_follows_at_once_too() {
         let mut raw = Raw::client(&server);
         let mut bytes = Offer::new("pieces").hello();
         // The first request does not wait for the welcome.
-        let request = message::RequestHeader {
-            id: 1,
-            body_len: 0,
-            data_len: 0,
-            region: message::RemoteRegion::None,
-            has_crc: false,
-            data_crc: 0,
-        };
+        let request = message::RequestHeader::of_command(1);
         request.encode(&command(Op::Echo, 1), false, &mut bytes);
         for byte in bytes {
             raw.stream().write_all(&[byte]).unwrap();

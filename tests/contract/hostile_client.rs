@@ -12,14 +12,7 @@ use crate::harness::{Op, Transport, command, pattern, serve_plain};
 use crate::raw::{Got, Raw, answer_to};
 
 fn request(crc: bool) -> Vec<u8> {
-    let request = message::RequestHeader {
-        id: 5,
-        body_len: 0,
-        data_len: 0,
-        region: RemoteRegion::None,
-        has_crc: false,
-        data_crc: 0,
-    };
+    let request = message::RequestHeader::of_command(5);
     let mut bytes = Vec::new();
     request.encode(&command(Op::Hold, 0), crc, &mut bytes);
     bytes
@@ -249,8 +242,7 @@ fn a_region_to_be_fetched_makes_no_sense_on_a_stream() {
         let server = serve_plain(transport);
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("rdma"));
         let region = RemoteRegion::Out { address: 0, key: 1, len: 4096 };
-        let request =
-            message::RequestHeader { id: 1, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 };
+        let request = message::RequestHeader { region, ..message::RequestHeader::of_command(1) };
         raw.send(&encoded(|out| request.encode(&command(Op::Put, 0), false, out)));
         assert_eq!(server.closed(0), CloseReason::Violation(Violation::Field));
         server.serves_others();
@@ -284,8 +276,7 @@ fn memory_that_was_not_laid_open_cannot_be_reached() {
         } else {
             RemoteRegion::In { address, key, len }
         };
-        let request =
-            message::RequestHeader { id: 1, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 };
+        let request = message::RequestHeader { region, ..message::RequestHeader::of_command(1) };
         raw.send(&encoded(|out| request.encode(&command(op, 0), false, out)));
         assert_eq!(server.closed(n), CloseReason::Violation(Violation::Field), "{what}");
         server.serves_others();

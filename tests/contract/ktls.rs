@@ -9,7 +9,7 @@ use std::time::Instant;
 use raio_transport::error::Violation;
 use raio_transport::handshake::{Identity, Offer};
 use raio_transport::keys::SecretKey;
-use raio_transport::message::{HANDSHAKE_BYTES, RemoteRegion, RequestHeader};
+use raio_transport::message::{HANDSHAKE_BYTES, RequestHeader};
 use raio_transport::tcp::TcpClient;
 use raio_transport::tls::{ClientTls, ServerTls};
 use raio_transport::transport::{Bulk, CloseReason, SendOptions};
@@ -175,14 +175,7 @@ fn the_end_of_a_connection_is_announced_on_both_sides() {
 
     let mut stream = rustls_client(&server);
     let mut request = Vec::new();
-    let header = RequestHeader {
-        id: 1,
-        body_len: 0,
-        data_len: 0,
-        region: RemoteRegion::None,
-        has_crc: false,
-        data_crc: 0,
-    };
+    let header = RequestHeader::of_command(1);
     header.encode(&command(Op::Close, 0), false, &mut request);
     stream.write_all(&request).unwrap();
     let mut last = Vec::new();

@@ -150,8 +150,7 @@ fn memory_that_was_not_laid_open_closes_the_connection_that_named_it() {
         } else {
             RemoteRegion::In { address, key, len }
         };
-        let request =
-            message::RequestHeader { id: 1, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 };
+        let request = message::RequestHeader { region, ..message::RequestHeader::of_command(1) };
         let mut bytes = Vec::new();
         request.encode(&command(op, 0), false, &mut bytes);
         raw.send(&bytes);

@@ -30,8 +30,7 @@ fn evicted(server: &Server) -> usize {
 
 fn get(id: u64, len: u32) -> Vec<u8> {
     let region = RemoteRegion::In { address: 0, key: 0, len };
-    let request =
-        message::RequestHeader { id, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 };
+    let request = message::RequestHeader { region, ..message::RequestHeader::of_command(id) };
     let mut bytes = Vec::new();
     request.encode(&command(Op::Get, id), false, &mut bytes);
     bytes
@@ -263,14 +262,7 @@ fn a_client_that_takes_its_answers_in_driblets_is_read_from_no_faster() {
         // 48 bytes each, and each is answered with 80.
         let mut asks = Vec::new();
         for id in 0..4096 {
-            let request = message::RequestHeader {
-                id,
-                body_len: 0,
-                data_len: 0,
-                region: RemoteRegion::None,
-                has_crc: false,
-                data_crc: 0,
-            };
+            let request = message::RequestHeader::of_command(id);
             request.encode(&command(Op::Refuse, 0)[..8], false, &mut asks);
         }
         let (mut sent, mut taken) = (0, 0);
